@@ -1,0 +1,7 @@
+"""`python -m alpha_clip` is `alpha-clip`."""
+
+import sys
+
+from alpha_clip.cli import main
+
+sys.exit(main())

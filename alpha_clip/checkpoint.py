@@ -1,0 +1,164 @@
+"""Reading and writing our own weights: a folder with safetensors and a JSON that says the rest.
+
+`open_clip_config.json` has open_clip's own schema (`model_cfg`, `preprocess_cfg`) and one more key,
+`alpha_clip`. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from alpha_clip.model import AlphaClip
+from alpha_clip.transforms import Normalisation
+
+FORMAT = 1
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a checkpoint folder says about its weights.
+
+    Attributes:
+        name: Architecture, in open_clip's spelling.
+        model_cfg: open_clip's model config.
+        normalisation: What the tower expects of its input.
+    """
+
+    name: str
+    model_cfg: dict[str, Any]
+    normalisation: Normalisation
+
+
+def save_checkpoint(model: AlphaClip, directory: str | os.PathLike[str]) -> Path:
+    """Write a model: `model.safetensors` and `open_clip_config.json`.
+
+    Both files appear whole or not at all; the weights come last, so a folder that has them is
+    complete.
+
+    Args:
+        model: What to save; both towers and the logit scale.
+        directory: Folder to write to; made if missing.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    n = model.normalisation
+    record = {
+        "model_cfg": model.config,
+        "preprocess_cfg": {"size": model.image_size, "mean": n.mean, "std": n.std},
+        "alpha_clip": {
+            "format": FORMAT,
+            "name": model.name,
+            "alpha_mean": n.alpha_mean,
+            "alpha_std": n.alpha_std,
+            "versions": {p: _version(p) for p in ("alpha-clip", "open_clip_torch", "torch")},
+        },
+    }
+    config = folder / (CONFIG_FILE + ".tmp")
+    config.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    os.replace(config, folder / CONFIG_FILE)
+    weights = folder / (WEIGHTS_FILE + ".tmp")
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.clip.state_dict().items()}
+    save_file(state, weights, metadata={"format": "pt"})
+    os.replace(weights, folder / WEIGHTS_FILE)
+    return folder
+
+
+def read_config(directory: str | os.PathLike[str]) -> CheckpointConfig:
+    """Read what a folder written by `save_checkpoint` says about its weights.
+
+    Raises:
+        ValueError: If the folder is not such a checkpoint, or its config is damaged.
+    """
+    file = Path(directory) / CONFIG_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"expected {directory} to be a folder written by save_checkpoint, but it has no "
+            f"{CONFIG_FILE}"
+        )
+    try:
+        record = json.loads(file.read_text())
+        ours, size = record["alpha_clip"], record["preprocess_cfg"]
+        if ours["format"] != FORMAT:
+            raise ValueError(f"format {ours['format']!r}; this version reads format {FORMAT}")
+        normalisation = Normalisation(
+            mean=tuple(float(v) for v in size["mean"]),  # type: ignore[arg-type]
+            std=tuple(float(v) for v in size["std"]),  # type: ignore[arg-type]
+            alpha_mean=float(ours["alpha_mean"]),
+            alpha_std=float(ours["alpha_std"]),
+        )
+        return CheckpointConfig(str(ours["name"]), dict(record["model_cfg"]), normalisation)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is not the config of an alpha_clip checkpoint: {type(error).__name__} {error}"
+        ) from error
+
+
+def read_weights(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read the weights of a folder written by `save_checkpoint`.
+
+    Raises:
+        ValueError: If the file is missing or damaged.
+    """
+    file = Path(directory) / WEIGHTS_FILE
+    if not file.is_file():
+        raise ValueError(f"{directory} has no {WEIGHTS_FILE}; was it saved to the end?")
+    try:
+        return dict(load_file(file))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged: {error}; copy or train it again") from error
+
+
+def load_weights(module: nn.Module, state: dict[str, Tensor], origin: str) -> None:
+    """Load a state dict into a module; every key and shape has to fit.
+
+    Args:
+        module: What to load into.
+        state: The weights.
+        origin: Where they come from, for the message.
+
+    Raises:
+        ValueError: Listing the keys that are missing, left over, or of another shape.
+    """
+    own = module.state_dict()
+    wrong = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": [
+            f"{k} {list(state[k].shape)} instead of {list(own[k].shape)}"
+            for k in sorted(own.keys() & state.keys())
+            if own[k].shape != state[k].shape
+        ],
+    }
+    problems = [f"{len(keys)} {what}: {_brief(keys)}" for what, keys in wrong.items() if keys]
+    if problems:
+        raise ValueError(
+            f"the weights of {origin} do not fit {type(module).__name__} ({'; '.join(problems)}); "
+            "create the model with the architecture that they were trained with"
+        )
+    module.load_state_dict(state)
+
+
+def _brief(keys: list[str]) -> str:
+    shown = ", ".join(keys[:5])
+    return shown if len(keys) <= 5 else f"{shown} and {len(keys) - 5} more"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

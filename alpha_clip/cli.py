@@ -1,0 +1,130 @@
+"""`alpha-clip`: thin entry points. What a command does lives in the module that it calls."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from alpha_clip.evaluation.base import Benchmark
+from alpha_clip.factory import create_model
+
+_COMMANDS = {
+    "demo": "the whole road, on drawn scenes or on your own tars, with a report",
+    "fit": "train (LightningCLI)",
+    "validate": "validate a training checkpoint (LightningCLI)",
+    "eval": "run a benchmark on a model",
+    "export": "write a model as a drop-in backbone",
+}
+_EXTRA = {"export": "export", "demo": "train,data,export"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        lines = [f"  {name:<10}{text}" for name, text in _COMMANDS.items()]
+        usage = "usage: alpha-clip COMMAND [--config FILE] [--key value ...]"
+        more = "alpha-clip COMMAND --help tells more; alpha-clip-data makes training data."
+        sys.stdout.write("\n".join([usage, "", *lines, "", more, ""]))
+        return 0
+    if command not in _COMMANDS:
+        sys.stderr.write(
+            f"alpha-clip: unknown command {command!r}; one of {', '.join(_COMMANDS)}\n"
+        )
+        return 2
+    try:
+        if command in ("fit", "validate"):
+            _lightning(arguments)
+        else:
+            _call(command, arguments[1:])
+    except ModuleNotFoundError as error:
+        extra = _EXTRA.get(command, "train")
+        sys.stderr.write(
+            f"alpha-clip {command} needs {error.name}: pip install 'alpha-clip[{extra}]'\n"
+        )
+        return 2
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.stderr.write(f"alpha-clip {command}: {error}\n")
+        return 2
+    return 0
+
+
+def _lightning(arguments: list[str]) -> None:
+    """Run LightningCLI; YAML keys are the arguments of the module, the data and the trainer."""
+    from lightning.pytorch.cli import LightningCLI
+
+    from alpha_clip.data import RegionDataModule
+    from alpha_clip.module import AlphaClipModule
+
+    sys.argv = ["alpha-clip", *arguments]  # LightningCLI warns when it gets arguments and these
+    LightningCLI(
+        AlphaClipModule,
+        RegionDataModule,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": "alpha-clip"},
+    )
+
+
+def _call(command: str, arguments: list[str]) -> None:
+    """Run one of the commands that are plain functions."""
+    from jsonargparse import auto_cli
+
+    if command == "demo":
+        from alpha_clip.demo import demo
+
+        function: Callable[..., object] = demo
+    else:
+        function = evaluate if command == "eval" else export
+    auto_cli(function, args=arguments, as_positional=False, prog=f"alpha-clip {command}")
+
+
+def evaluate(checkpoint: str, benchmark: Benchmark, output: str, device: str = "cpu") -> None:
+    """Run a benchmark on a model and write its figures.
+
+    Args:
+        checkpoint: A folder written by training or by save_checkpoint.
+        benchmark: What to run, by class_path.
+        output: JSON file for the figures.
+        device: Where to run it.
+    """
+    import torch
+
+    model, _, _ = create_model(checkpoint=checkpoint, device=device)
+    with torch.inference_mode():
+        scores = benchmark.run(model)
+    file = Path(output)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    record = {"checkpoint": checkpoint, "benchmark": type(benchmark).__name__, "scores": scores}
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    width = max(map(len, scores))
+    for name, value in scores.items():
+        text = f"{value:.4f}" if value <= 1 else f"{value:g}"
+        sys.stdout.write(f"{name:<{width}}  {text}\n")
+
+
+def export(
+    checkpoint: str, output: str, format: str = "huggingface", overwrite: bool = False
+) -> None:
+    """Write a model as a drop-in backbone, load it again and compare.
+
+    Args:
+        checkpoint: A folder written by training or by save_checkpoint.
+        output: Folder to write; it appears whole or not at all.
+        format: The target: a module of alpha_clip.export, such as huggingface.
+        overwrite: Whether to replace a folder that is there.
+    """
+    from importlib import import_module
+    from pkgutil import iter_modules
+
+    import alpha_clip.export as targets
+
+    known = sorted(m.name for m in iter_modules(targets.__path__) if m.name != "base")
+    if format not in known:
+        raise ValueError(f"unknown format {format!r}; expected one of {', '.join(known)}")
+    model, _, _ = create_model(checkpoint=checkpoint)
+    report = import_module(f"alpha_clip.export.{format}").export(model, output, overwrite)
+    sys.stdout.write(f"{report.directory}: largest difference {report.max_difference:.1e}\n")

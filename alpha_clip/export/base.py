@@ -1,0 +1,36 @@
+"""What every export does: write beside the target, compare the numbers, then move."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def fresh_directory(target: Path, overwrite: bool) -> Iterator[Path]:
+    """Give a temporary folder beside `target` that becomes `target` if nothing goes wrong.
+
+    Args:
+        target: The folder that will hold the export.
+        overwrite: Whether a folder that is there may be replaced.
+
+    Raises:
+        ValueError: If `target` holds something and `overwrite` is off.
+    """
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file; give a folder")
+    if target.exists() and any(target.iterdir()) and not overwrite:
+        raise ValueError(f"{target} is not empty; pass --overwrite true to replace it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}-{uuid.uuid4().hex}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

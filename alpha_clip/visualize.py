@@ -1,0 +1,155 @@
+"""Pictures of regions and of runs: overlays, contact sheets, curves, bars."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from alpha_clip.regions import Box, RegionSample, decode_rle
+
+HIGHLIGHT = (255, 72, 66)
+
+
+def overlay_region(
+    image: Image.Image, mask: NDArray[np.bool_], colour: tuple[int, int, int] = HIGHLIGHT
+) -> Image.Image:
+    """Show a region of an image: its outline drawn, everything else dimmed.
+
+    Args:
+        image: Any PIL image.
+        mask: The region `[H, W]`, of the image's size.
+        colour: Of the outline.
+
+    Returns:
+        An RGB image of the same size.
+    """
+    pixels = np.asarray(image.convert("RGB"), np.float32)
+    shown = np.where(mask[..., None], pixels, 0.35 * pixels + 0.2 * 255)
+    line = 1 + 2 * max(1, round(0.005 * max(image.size)))  # MinFilter wants an odd window
+    inner = np.asarray(Image.fromarray(mask).convert("L").filter(ImageFilter.MinFilter(line))) > 0
+    shown[mask & ~inner] = colour
+    return Image.fromarray(shown.round().astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One picture of a contact sheet and the words under it."""
+
+    image: Image.Image
+    text: str
+
+
+def region_tiles(sample: RegionSample, limit: int | None = None) -> list[Tile]:
+    """Return a tile for each of the first `limit` regions of a sample, with box and phrase."""
+    image = Image.open(io.BytesIO(sample.jpeg)).convert("RGB")
+    tiles = []
+    for region in sample.regions[:limit]:
+        shown = overlay_region(image, decode_rle(region.rle))
+        x1, y1, x2, y2 = Box(*region.box).pixels(sample.h, sample.w)
+        line = max(1, round(0.004 * max(shown.size)))
+        ImageDraw.Draw(shown).rectangle(
+            (x1, y1, x2 - 1, y2 - 1), outline=(255, 220, 60), width=line
+        )
+        tiles.append(Tile(shown, region.text))
+    return tiles
+
+
+def contact_sheet(tiles: Sequence[Tile], columns: int = 6, tile_px: int = 180) -> Image.Image:
+    """Lay pictures out in a grid, each with its text below.
+
+    Raises:
+        ValueError: If there are no tiles.
+    """
+    if not tiles:
+        raise ValueError("a contact sheet needs at least one tile")
+    font: Any = ImageFont.load_default(13)
+    gap, line = 8, 34
+    columns = min(columns, len(tiles))
+    rows = math.ceil(len(tiles) / columns)
+    size = (gap + columns * (tile_px + gap), gap + rows * (tile_px + line + gap))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, tile in enumerate(tiles):
+        x = gap + (i % columns) * (tile_px + gap)
+        y = gap + (i // columns) * (tile_px + line + gap)
+        scale = tile_px / max(tile.image.size)
+        shape = (max(1, round(tile.image.width * scale)), max(1, round(tile.image.height * scale)))
+        picture = tile.image.resize(shape, Image.Resampling.LANCZOS)
+        sheet.paste(picture, (x + (tile_px - shape[0]) // 2, y + (tile_px - shape[1]) // 2))
+        draw.text((x, y + tile_px + 2), _wrap(tile.text, font, tile_px), fill="black", font=font)
+    return sheet
+
+
+def _wrap(text: str, font: Any, width: int) -> str:
+    """Break a text into at most two lines of `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        elif len(lines) == 2:
+            lines[-1] = lines[-1][: max(0, len(lines[-1]) - 1)] + "…"
+            break
+        else:
+            lines.append(word)
+    return "\n".join(lines)
+
+
+def plot_curves(
+    curves: dict[str, tuple[list[float], list[float]]], y_label: str, file: Path
+) -> None:
+    """Draw lines over training steps into a PNG.
+
+    Args:
+        curves: Label -> (steps, values).
+        y_label: What the values are.
+        file: Where to write.
+    """
+    figure, axes = _figure(6.4, 3.2)
+    for label, (steps, values) in curves.items():
+        axes.plot(steps, values, label=label, linewidth=1.4)
+    axes.set(xlabel="step", ylabel=y_label)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=130)
+
+
+def plot_bars(
+    series: dict[str, dict[str, float]], y_label: str, file: Path, limit: float = 1.0
+) -> None:
+    """Draw groups of bars into a PNG, with their values on top.
+
+    Args:
+        series: Series -> (name -> value); names that a series lacks stay empty.
+        y_label: What the values are.
+        file: Where to write.
+        limit: Top of the axis.
+    """
+    names = list(dict.fromkeys(name for values in series.values() for name in values))
+    figure, axes = _figure(max(6.4, 1.15 * len(names)), 3.6)
+    width = 0.8 / len(series)
+    for i, (label, values) in enumerate(series.items()):
+        places = [names.index(name) + (i - (len(series) - 1) / 2) * width for name in values]
+        bars = axes.bar(places, list(values.values()), width * 0.92, label=label)
+        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+    axes.set_xticks(range(len(names)), [n.replace(" ", "\n", 1) for n in names], fontsize=8)
+    axes.set(ylabel=y_label, ylim=(0, limit * 1.08))
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=130)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # not pyplot: no backend, no global state
+
+    figure: Any = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3, linewidth=0.6)
+    return figure, axes
