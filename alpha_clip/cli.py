@@ -22,6 +22,7 @@ _EXTRA = {"export": "export", "demo": "train,data,export"}
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    typed = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         if command in ("fit", "validate"):
-            _lightning(arguments)
+            _lightning(None if typed else arguments)
         else:
             _call(command, arguments[1:])
     except ModuleNotFoundError as error:
@@ -52,17 +53,27 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _lightning(arguments: list[str]) -> None:
+def _lightning(arguments: list[str] | None) -> None:
     """Run LightningCLI; YAML keys are the arguments of the module, the data and the trainer."""
+    import warnings
+
     from lightning.pytorch.cli import LightningCLI
 
     from alpha_clip.data import RegionDataModule
     from alpha_clip.module import AlphaClipModule
 
-    sys.argv = ["alpha-clip", *arguments]  # LightningCLI warns when it gets arguments and these
+    for benign in (
+        "is set, but there is no last checkpoint available",  # the first run of `ckpt_path: last`
+        r"Found \d+ module\(s\) in eval mode",  # frozen towers stay in eval mode on purpose
+        "does not have many workers",  # the config says how many
+        "Total length of .list. across ranks is zero",  # no validation data were given
+        "isinstance.treespec, LeafSpec. is deprecated",  # inside Lightning
+    ):
+        warnings.filterwarnings("ignore", f".*{benign}")
     LightningCLI(
         AlphaClipModule,
         RegionDataModule,
+        args=arguments,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "alpha-clip"},

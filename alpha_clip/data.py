@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from alpha_clip.factory import Tokenizer, create_tokenizer
 from alpha_clip.model import AlphaClip
 from alpha_clip.reader import Shard, find_shards, read_samples
-from alpha_clip.regions import RegionAnnotation, RegionSample, SampleError
+from alpha_clip.regions import Region, RegionSample, SampleError
+from alpha_clip.sampling import Sampling
 from alpha_clip.transforms import Geometry, RegionAugment, RegionTransform
 
 log = logging.getLogger(__name__)
@@ -35,11 +36,13 @@ class RegionBatch:
         rgb: Normalised images.
         alphas: Normalised alphas of their regions.
         tokens: Tokens of the regions' phrases.
+        whole: Which regions are the whole image, with its caption.
     """
 
     rgb: Float[Tensor, "batch 3 height width"]
     alphas: Float[Tensor, "batch regions 1 height width"]
     tokens: Int[Tensor, "batch regions context"]
+    whole: Bool[Tensor, "batch regions"]
 
     def to(self, *args: Any, **kwargs: Any) -> RegionBatch:
         """Return the batch on another device; Lightning calls it."""
@@ -47,54 +50,22 @@ class RegionBatch:
             self.rgb.to(*args, **kwargs),
             self.alphas.to(*args, **kwargs),
             self.tokens.to(*args, **kwargs),
+            self.whole.to(*args, **kwargs),
         )
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """What of an image goes into a batch.
+class LoadedSample:
+    """One image with the regions drawn of it, before it is batched; see `RegionBatch`."""
 
-    Attributes:
-        regions_per_image: Regions drawn of each image; they share its decode and, in the loss, are
-            negatives of each other.
-        whole_image_ratio: Probability that a region is replaced by the whole image with its full
-            caption (paper, section 3.2: 0.1).
-        kinds: Kinds of phrases to take; `None` takes all.
-    """
-
-    regions_per_image: int = 1
-    whole_image_ratio: float = 0.1
-    kinds: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        if self.regions_per_image < 1 or not 0 <= self.whole_image_ratio <= 1:
-            raise ValueError(
-                "expected regions_per_image >= 1 and whole_image_ratio in 0..1, got "
-                f"{self.regions_per_image} and {self.whole_image_ratio}"
-            )
-
-    def draw(
-        self, sample: RegionSample, rng: np.random.Generator
-    ) -> list[tuple[RegionAnnotation | None, str]]:
-        """Draw regions with their texts; `None` stands for the whole image.
-
-        Raises:
-            SampleError: If the sample has nothing of what is wanted.
-        """
-        regions = [r for r in sample.regions if self.kinds is None or r.kind in self.kinds]
-        if not regions:
-            raise SampleError("no_wanted_kind", f"{sample.key} has no phrase of {self.kinds}")
-        order = [int(i) for i in rng.permutation(len(regions))]
-        chosen: list[tuple[RegionAnnotation | None, str]] = []
-        for i in range(self.regions_per_image):
-            region = regions[order[i % len(order)]]
-            whole = bool(sample.caption) and rng.random() < self.whole_image_ratio
-            chosen.append((None, sample.caption) if whole else (region, region.text))
-        return chosen
+    rgb: Float[Tensor, "3 height width"]
+    alphas: Float[Tensor, "regions 1 height width"]
+    texts: list[str]
+    whole: list[bool]
 
 
-class RegionShards(IterableDataset[tuple[Tensor, Tensor, list[str]]]):
-    """Streams `(rgb, alphas, texts)` of the shards that fall to this process and worker.
+class RegionShards(IterableDataset[LoadedSample]):
+    """Streams the samples of the shards that fall to this process and worker.
 
     Args:
         shards: All shards; each is read by one worker of one process.
@@ -102,6 +73,7 @@ class RegionShards(IterableDataset[tuple[Tensor, Tensor, list[str]]]):
         sampling: What to take of an image.
         seed: Order and choice are a function of it, the epoch and the worker.
         shuffle: Samples held back to draw from; 0 keeps the order and stops after one pass.
+        every_region: Yield each region in a row of its own instead of drawing some.
         rank: This process's number.
         world: Number of processes.
     """
@@ -113,6 +85,7 @@ class RegionShards(IterableDataset[tuple[Tensor, Tensor, list[str]]]):
         sampling: Sampling,
         seed: int,
         shuffle: int,
+        every_region: bool = False,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -121,25 +94,46 @@ class RegionShards(IterableDataset[tuple[Tensor, Tensor, list[str]]]):
         self.sampling = sampling
         self.seed = seed
         self.shuffle = shuffle
+        self.every_region = every_region
         self.rank = rank
         self.world = world
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    def __iter__(self) -> Iterator[LoadedSample]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         mine = self.shards[self.rank * workers + worker :: self.world * workers]
         rng = np.random.default_rng([self.seed, self.rank, worker])
         torch.manual_seed(int(rng.integers(2**31)))  # what RegionAugment draws from
         drops: Counter[str] = Counter()
+        patience = self.shuffle + sum(shard.samples for shard in mine)
+        in_vain = 0
         for sample in self._shuffled(mine, rng, drops):
             try:
-                chosen = self.sampling.draw(sample, rng)
-                image = Image.open(io.BytesIO(sample.jpeg))
-                masks = [None if region is None else region.rle for region, _ in chosen]
-                yield *self.transform.many(image, list(masks)), [text for _, text in chosen]
+                loaded = self._load(sample, rng)
             except (SampleError, OSError) as error:
                 drops[error.reason if isinstance(error, SampleError) else "corrupt_image"] += 1
                 log.warning("%s: %s", sample.key, error)
+                in_vain += 1
+                if self.shuffle and in_vain > patience:
+                    raise RuntimeError(
+                        f"no usable sample in {len(mine)} shards; dropped: {dict(drops)}"
+                    ) from error
+                continue
+            in_vain = 0
+            yield from loaded
+
+    def _load(self, sample: RegionSample, rng: np.random.Generator) -> list[LoadedSample]:
+        """Decode an image once, for the regions drawn of it or, in order, for each of them."""
+        every = self.every_region
+        chosen = self.sampling.every(sample) if every else self.sampling.draw(sample, rng)
+        image = Image.open(io.BytesIO(sample.jpeg))
+        masks: list[Region] = [None if r is None else r.rle for r, _ in chosen]
+        rgb, alphas = self.transform.many(image, masks)
+        texts, whole = [text for _, text in chosen], [mask is None for mask in masks]
+        if not every:
+            return [LoadedSample(rgb, alphas, texts, whole)]
+        alone = (slice(i, i + 1) for i in range(len(chosen)))
+        return [LoadedSample(rgb, alphas[i], texts[i], whole[i]) for i in alone]
 
     def _shuffled(
         self, shards: list[Shard], rng: np.random.Generator, drops: Counter[str]
@@ -235,35 +229,42 @@ class RegionDataModule(L.LightningDataModule):
         )
         epoch = self.trainer.current_epoch if self.trainer else 0
         seed = self.seed + 1_000_003 * epoch
-        return self._loader(self._train_shards, augment, self.sampling, seed, self.shuffle)
+        return self._loader(self._train_shards, augment, seed, training=True)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Every region of every validation image once, without its whole."""
+        """Every region of every validation image once, each in a row of its own."""
         if not self._val_shards:
             return []
         model = self._model()
         transform = RegionTransform(model.image_size, model.normalisation, self.val_geometry)
-        sampling = Sampling(1, 0.0, self.sampling.kinds)
-        return self._loader(self._val_shards, transform, sampling, self.seed, 0)
+        return self._loader(self._val_shards, transform, self.seed, training=False)
 
     def _loader(
         self,
         shards: list[Shard],
         transform: RegionTransform | RegionAugment,
-        sampling: Sampling,
         seed: int,
-        shuffle: int,
+        training: bool,
     ) -> DataLoader[Any]:
         rank, world = (
             (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         )
-        data = RegionShards(shards, transform, sampling, seed, shuffle, rank, world)
+        data = RegionShards(
+            shards,
+            transform,
+            self.sampling,
+            seed,
+            shuffle=self.shuffle if training else 0,
+            every_region=not training,
+            rank=rank,
+            world=world,
+        )
         return DataLoader(
             data,
             batch_size=self.batch_size,
             num_workers=self.workers,
             collate_fn=Collate(create_tokenizer(self._model())),
-            drop_last=shuffle > 0,
+            drop_last=training,
             worker_init_fn=_one_thread,
         )
 
@@ -278,12 +279,15 @@ class Collate:
 
     tokenizer: Tokenizer
 
-    def __call__(self, samples: list[tuple[Tensor, Tensor, list[str]]]) -> RegionBatch:
+    def __call__(self, samples: list[LoadedSample]) -> RegionBatch:
         """Stack images and alphas and tokenize the phrases."""
-        texts = [text for _, _, phrases in samples for text in phrases]
-        tokens = self.tokenizer(texts).unflatten(0, (len(samples), -1))
-        rgb, alphas = (torch.stack([s[i] for s in samples]) for i in (0, 1))  # type: ignore[misc]
-        return RegionBatch(rgb, alphas, tokens)
+        tokens = self.tokenizer([text for sample in samples for text in sample.texts])
+        return RegionBatch(
+            rgb=torch.stack([sample.rgb for sample in samples]),
+            alphas=torch.stack([sample.alphas for sample in samples]),
+            tokens=tokens.unflatten(0, (len(samples), -1)),
+            whole=torch.tensor([sample.whole for sample in samples]),
+        )
 
 
 def _one_thread(_: int) -> None:

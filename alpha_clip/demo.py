@@ -174,7 +174,7 @@ def _input_road(
     best = folder / "shards" / ("sam" if sam else "grabcut")
     few: dict[str, object] = {
         "data.train": json.dumps([str(best)]),
-        "data.workers": min(2, len(glob(pattern, recursive=True))),
+        "data.workers": 0,
         "data.batch_size": 16,
         "trainer.max_epochs": 1,
         "trainer.limit_train_batches": steps,

@@ -94,6 +94,8 @@ def _create_base(name: str, pretrained: str | None, precision: Precision) -> Alp
     """Build from open_clip: the plain CLIP, then its fourth channel."""
     import open_clip
 
+    if pretrained is not None and name.startswith(_LOCAL):  # open_clip would ignore it
+        raise ValueError(f"{name} takes no pretrained weights; name an architecture of open_clip")
     config = _config_of(name)
     tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
     if tag.get("quick_gelu"):  # OpenAI's weights need it, whatever the architecture's name says
@@ -118,7 +120,7 @@ def _create_base(name: str, pretrained: str | None, precision: Precision) -> Alp
 
 def _load_own(folder: Path, name: str | None, precision: Precision) -> AlphaClip:
     saved = read_config(folder)
-    if name is not None and _config_of(name) != saved.model_cfg:
+    if name is not None and _layout(_config_of(name)) != _layout(saved.model_cfg):
         raise ValueError(f"{folder} holds a {saved.name}, not a {name}; leave the name out")
     built = _create_base(f"{_LOCAL}{folder}", None, precision)
     load_weights(built.clip, read_weights(folder), str(folder))
@@ -138,6 +140,11 @@ def _config_of(name: str) -> dict[str, Any]:
             f"{len(open_clip.list_models())} of them, such as ViT-B-16"
         )
     return deepcopy(dict(config))
+
+
+def _layout(config: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what OpenAI's weights turn on in an architecture that does not name it."""
+    return {key: value for key, value in config.items() if key != "quick_gelu"}
 
 
 @contextmanager

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
 class RegionContrastiveLoss(nn.Module):
-    """CLIP's symmetric loss, with phrases that occur more than once taken out of the negatives.
+    """CLIP's symmetric loss, without the negatives that are none.
 
-    Two regions called "a red star" are no negatives of each other; with many short phrases in a
-    batch that happens all the time. The gathered features of all processes carry a gradient.
+    Two regions called "a red star" do not contradict each other, nor does a whole picture
+    contradict the phrases of its own regions; with short phrases and several regions a picture,
+    both happen in every batch. The gathered features of all processes carry a gradient.
 
     Args:
         label_smoothing: As in `cross_entropy`; the published script uses 0.1.
-        mask_duplicates: Whether equal phrases are taken out of each other's negatives.
+        mask_false_negatives: Whether such pairs are taken out. The published script keeps them.
     """
 
-    def __init__(self, label_smoothing: float = 0.0, mask_duplicates: bool = True) -> None:
+    def __init__(self, label_smoothing: float = 0.0, mask_false_negatives: bool = True) -> None:
         super().__init__()
         self.label_smoothing = label_smoothing
-        self.mask_duplicates = mask_duplicates
+        self.mask_false_negatives = mask_false_negatives
 
     def forward(
         self,
@@ -30,6 +31,8 @@ class RegionContrastiveLoss(nn.Module):
         text_features: Float[Tensor, "batch dim"],
         tokens: Int[Tensor, "batch context"],
         logit_scale: Float[Tensor, ""],
+        whole: Bool[Tensor, " batch"] | None = None,
+        regions_per_image: int = 1,
     ) -> Float[Tensor, ""]:
         """Return the mean of the image-to-text and the text-to-image loss.
 
@@ -38,15 +41,23 @@ class RegionContrastiveLoss(nn.Module):
             text_features: Features of their phrases, of length 1.
             tokens: The phrases' tokens; equal rows are equal phrases.
             logit_scale: What cosines are multiplied with, above 0.
+            whole: Which rows are whole images with their captions; `None` means none.
+            regions_per_image: How many neighbouring rows belong to one picture.
         """
         image_features, text_features, tokens = (
             _gather(t) for t in (image_features, text_features, tokens)
         )
         logits = logit_scale * image_features @ text_features.T
         allowed = torch.ones_like(logits, dtype=torch.bool)
-        if self.mask_duplicates:
-            group = torch.unique(tokens, dim=0, return_inverse=True)[1]
-            allowed = (group[:, None] != group[None, :]).fill_diagonal_(True)
+        if self.mask_false_negatives:
+            phrase = torch.unique(tokens, dim=0, return_inverse=True)[1]
+            allowed &= phrase[:, None] != phrase[None, :]
+            if whole is not None:
+                whole = _gather(whole)
+                picture = torch.arange(len(logits), device=logits.device) // regions_per_image
+                same_picture = picture[:, None] == picture[None, :]
+                allowed &= ~(same_picture & (whole[:, None] | whole[None, :]))
+            allowed.fill_diagonal_(True)
         return (self._one_way(logits, allowed) + self._one_way(logits.T, allowed)) / 2
 
     def _one_way(self, logits: Tensor, allowed: Tensor) -> Tensor:

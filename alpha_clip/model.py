@@ -142,5 +142,5 @@ class AlphaClip(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the image tower's first weights; inputs are cast to it."""
-        return next(self.visual.parameters()).dtype
+        """Type of the image tower's first convolution; inputs are cast to it."""
+        return next(p for p in self.visual.parameters() if p.ndim == 4).dtype

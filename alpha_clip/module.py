@@ -82,7 +82,7 @@ class AlphaClipModule(L.LightningModule):
         self,
         encoder: EncoderConfig,
         trainable: TrainableConfig = TrainableConfig(),
-        optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen
+        optim: OptimConfig = OptimConfig(),
         loss: RegionContrastiveLoss | None = None,
         output: str | None = None,
     ) -> None:
@@ -118,7 +118,9 @@ class AlphaClipModule(L.LightningModule):
     def training_step(self, batch: RegionBatch, batch_idx: int) -> Tensor:
         """One contrastive step."""
         image, text, tokens = self(batch)
-        loss: Tensor = self.loss(image, text, tokens, self.model.logit_scale.exp())
+        whole, regions = batch.whole.flatten(), batch.whole.shape[1]
+        scale = self.model.logit_scale.exp()
+        loss: Tensor = self.loss(image, text, tokens, scale, whole, regions)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 

@@ -47,7 +47,7 @@ def find_shards(directories: list[str]) -> list[Shard]:
                 manifest = json.loads(file.read_text())
                 shard = Shard(file.parent / manifest["tar"], int(manifest["samples"]))
                 size = int(manifest["bytes"])
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise ValueError(f"{file} is no manifest of a shard: {error}") from error
             if not shard.tar.is_file() or shard.tar.stat().st_size != size:
                 raise ValueError(f"{shard.tar} is missing or not {size} bytes long, as {file} says")

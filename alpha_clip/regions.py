@@ -150,7 +150,7 @@ def _mask_to_alpha(mask: NDArray[Any], height: int, width: int) -> NDArray[np.ui
         low, high = int(mask.min()), int(mask.max())
         if low < 0 or high > 255:
             raise ValueError(f"a mask of whole numbers must be 0/1 or 0..255, got {low}..{high}")
-        alpha = (mask * 255 if high <= 1 else mask).astype(np.uint8)
+        alpha = mask.astype(np.uint8) * np.uint8(255 if high <= 1 else 1)
     elif np.issubdtype(mask.dtype, np.floating):
         least, most = float(mask.min()), float(mask.max())
         if not (least >= 0 and most <= 1):  # false for NaN, too
@@ -182,7 +182,7 @@ def _pil_mask(image: Image.Image) -> NDArray[Any]:
 
 def _polygon_mask(polygons: Sequence[Any], height: int, width: int) -> NDArray[np.bool_]:
     """Rasterise COCO polygons (their union), after checking what pycocotools takes on trust."""
-    parts = [polygons] if polygons and not isinstance(polygons[0], Sequence) else polygons
+    parts = [polygons] if polygons and np.ndim(polygons[0]) == 0 else polygons
     checked = []
     for part in parts:
         points = np.asarray(part, np.float64).reshape(-1)
@@ -198,4 +198,4 @@ def _polygon_mask(polygons: Sequence[Any], height: int, width: int) -> NDArray[n
     if not checked:
         raise ValueError("expected at least one polygon, got an empty list")
     rles = coco_mask.frPyObjects(checked, height, width)
-    return np.asarray(coco_mask.decode(coco_mask.merge(rles)), bool)
+    return decode_rle(coco_mask.merge(rles))

@@ -66,7 +66,7 @@ def rle_runs(rle: Mapping[str, Any]) -> NDArray[np.int64]:
     counts = rle.get("counts")
     if isinstance(counts, str | bytes):
         runs = _parse_counts(counts)
-    elif isinstance(counts, Sequence) and all(type(c) is int and c < 1 << 32 for c in counts):
+    elif isinstance(counts, Sequence) and all(type(c) is int and abs(c) < 1 << 32 for c in counts):
         runs = np.array(counts, np.int64)
     else:
         raise ValueError(
@@ -99,7 +99,7 @@ def _size(rle: Mapping[str, Any]) -> tuple[int, int]:
 
 def _parse_counts(counts: str | bytes) -> NDArray[np.int64]:
     """Undo COCO's text code: 5-bit groups, sign extended, differences two runs back."""
-    raw = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
+    raw = counts.encode("utf-8", "surrogatepass") if isinstance(counts, str) else counts
     code = np.frombuffer(raw, np.uint8).astype(np.int64) - 48
     if code.size == 0 or (code < 0).any() or (code > 63).any() or code[-1] & 32:
         raise ValueError(f"RLE counts are not COCO's compressed text, got {_brief(counts)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -126,6 +127,8 @@ class RegionSample:
         """Raise `SampleError` if the sample or one of its regions is not sound."""
         if not (self.key.isascii() and self.key.isdigit()):
             raise SampleError("bad_key", f"a key must be digits, got {self.key!r}")
+        if not isinstance(self.caption, str):
+            raise SampleError("bad_schema", f"the caption is {self.caption!r}, not a text")
         if jpeg_size(self.jpeg) != (self.w, self.h):
             raise SampleError(
                 "size_mismatch", f"stated {self.w} x {self.h}, stored {jpeg_size(self.jpeg)}"
@@ -136,6 +139,10 @@ class RegionSample:
             raise SampleError("duplicate_rid", f"sample {self.key} uses a region number twice")
         for region in self.regions:
             region.check(self)
+        try:
+            "".join([self.caption, str(self.id), *(r.text for r in self.regions)]).encode()
+        except UnicodeEncodeError as error:  # a lone surrogate, which JSON can carry, UTF-8 can't
+            raise SampleError("bad_text", str(error)) from error
 
 
 def jpeg_size(data: bytes) -> tuple[int, int]:
@@ -145,8 +152,10 @@ def jpeg_size(data: bytes) -> tuple[int, int]:
         SampleError: `corrupt_image` if it is no JPEG, `huge_image` if it is above the limit.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
-            width, height = image.size
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
+            with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+                width, height = image.size
     except Image.DecompressionBombError as error:
         raise SampleError("huge_image", str(error)) from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
@@ -168,10 +177,7 @@ def pack_sample(sample: RegionSample) -> tuple[bytes, bytes]:
     if not record["reencoded"]:
         del record["reencoded"]
     text = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    try:
-        return sample.jpeg, text.encode()
-    except UnicodeEncodeError as error:  # a lone surrogate, which JSON can carry and UTF-8 can't
-        raise SampleError("bad_text", str(error)) from error
+    return sample.jpeg, text.encode()
 
 
 def parse_sample(key: str, jpeg: bytes, text: bytes) -> RegionSample:
@@ -187,7 +193,7 @@ def parse_sample(key: str, jpeg: bytes, text: bytes) -> RegionSample:
     """
     try:
         record = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise SampleError("bad_json", str(error)) from error
     if not isinstance(record, dict) or record.pop("v", None) != SCHEMA_VERSION:
         raise SampleError("bad_schema", f"expected an object with v = {SCHEMA_VERSION}")
@@ -206,7 +212,7 @@ def parse_sample(key: str, jpeg: bytes, text: bytes) -> RegionSample:
         sample.check()
     except SampleError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise SampleError("bad_schema", f"{type(error).__name__}: {error}") from error
     return sample
 

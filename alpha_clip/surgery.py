@@ -29,6 +29,7 @@ class AlphaConv2d(nn.Conv2d):
         """Return the RGBA version of an RGB convolution; the parameters of `conv` are shared."""
         new = cls.__new__(cls)
         new.__dict__.update(conv.__dict__)  # same parameters, hooks and training flag
+        new._parameters = dict(conv._parameters)  # `conv` itself gets no alpha
         new.in_channels = RGBA_CHANNELS
         new.weight_alpha = nn.Parameter(torch.zeros_like(conv.weight[:, :1]))
         return new
@@ -81,7 +82,8 @@ def find_stems(visual: nn.Module) -> dict[str, nn.Conv2d]:
         layer = dict(visual.named_modules()).get(name)
         if isinstance(layer, AlphaConv2d):
             raise ValueError(f"{type(visual).__name__}.{name} has an alpha channel already")
-        if not isinstance(layer, nn.Conv2d) or layer.in_channels != 3 or layer.groups != 1:
+        # A subclass may pad or scale in its own way, which AlphaConv2d would not repeat.
+        if type(layer) is not nn.Conv2d or layer.in_channels != 3 or layer.groups != 1:
             raise ValueError(
                 f"expected {type(visual).__name__}.{name} to be a Conv2d over 3 channels, got "
                 f"{layer}; an alpha channel can't be added to such a stem"

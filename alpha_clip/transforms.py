@@ -60,12 +60,12 @@ class Normalisation:
 
 def split_channels(
     image: Image.Image, regions: list[Region]
-) -> list[UInt8[Tensor, "_ height width"]]:
-    """Return `[rgb, alpha of the first region, ...]` of an image as uint8 tensors.
+) -> tuple[UInt8[Tensor, "3 height width"], UInt8[Tensor, "regions 1 height width"]]:
+    """Return an image and the alphas of its regions as uint8 tensors.
 
     Args:
         image: Any PIL image; it is read as RGB.
-        regions: What to look at, in the coordinates of `image`.
+        regions: What to look at, in the coordinates of `image`; at least one.
 
     Raises:
         TypeError, ValueError: As `region_to_alpha` does; `TypeError` if `image` is no PIL image.
@@ -76,13 +76,12 @@ def split_channels(
             "PIL.Image.fromarray"
         )
     pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    rgb = torch.from_numpy(pixels).permute(2, 0, 1)
-    alphas = [region_to_alpha(r, image.height, image.width) for r in regions]
-    return [rgb, *(torch.from_numpy(a)[None] for a in alphas)]
+    alphas = np.stack([region_to_alpha(r, image.height, image.width) for r in regions])
+    return torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(alphas)[:, None]
 
 
 def _resize(channels: Tensor, size: list[int]) -> Tensor:
-    """Resize three colour channels bicubically, or one alpha channel bilinearly."""
+    """Resize colour `[3, H, W]` bicubically, alphas `[regions, 1, H, W]` bilinearly."""
     mode = InterpolationMode.BICUBIC if channels.shape[-3] == 3 else InterpolationMode.BILINEAR
     resized: Tensor = F.resize(channels, size, mode, antialias=True)
     return resized
@@ -135,8 +134,8 @@ class RegionTransform:
         Raises:
             TypeError, ValueError: As calling the transform does.
         """
-        rgb, *alphas = (self._fit(part) for part in split_channels(image, regions))
-        return self.normalisation.rgb(rgb), self.normalisation.alpha(torch.stack(alphas))
+        rgb, alphas = (self._fit(part) for part in split_channels(image, regions))
+        return self.normalisation.rgb(rgb), self.normalisation.alpha(alphas)
 
     def _fit(self, part: Tensor) -> Tensor:
         size = self.size
@@ -144,9 +143,9 @@ class RegionTransform:
             return _resize(part, [size, size])
         if self.geometry == "center_crop":
             height, width = part.shape[-2:]
-            scale = size / min(height, width)
+            short = min(height, width)
             # CLIP's own rounding: the shorter side exactly, the longer one cut to whole pixels.
-            target = [max(size, int(height * scale)), max(size, int(width * scale))]
+            target = [size * height // short, size * width // short]
             part = F.center_crop(_resize(part, target), [size, size])
             return part
         return pad_to_square(part, size, self.normalisation.mean)
@@ -159,7 +158,7 @@ class RegionTransform:
 
 
 def pad_to_square(part: Tensor, size: int, colour: tuple[float, float, float]) -> Tensor:
-    """Fit three colour channels or one alpha channel into a square: resize, then pad evenly.
+    """Fit colour `[3, H, W]` or alphas `[regions, 1, H, W]` into a square: resize, pad evenly.
 
     Colour is padded with `colour` (0..1), alpha with 0: there is nothing to look at.
     """
@@ -180,7 +179,7 @@ class RegionAugment:
     Args:
         size: Side of the result, in pixels.
         normalisation: Mean and standard deviation of the tower that is trained.
-        scale: Range of the crop's area as a share of the image's; `(1, 1)` keeps nearly all of it.
+        scale: Range of the crop's area as a share of the image's; `(1, 1)` never crops.
         ratio: Range of the crop's aspect ratio, relative to a square.
         flip: Probability of a horizontal flip. Leave it at 0 where phrases say left or right.
         jitter: Strength of brightness, contrast and saturation jitter of the RGB channels.
@@ -199,7 +198,7 @@ class RegionAugment:
     ) -> None:
         self.size = size
         self.normalisation = normalisation or Normalisation()
-        self.crop = v2.RandomResizedCrop(size, scale, ratio)
+        self.crop = None if scale == (1.0, 1.0) else v2.RandomResizedCrop(size, scale, ratio)
         self.flip = flip
         self.jitter = v2.ColorJitter(jitter, jitter, jitter) if jitter else None
         self.min_kept = min_kept
@@ -208,23 +207,23 @@ class RegionAugment:
         self, image: Image.Image, regions: list[Region]
     ) -> tuple[Float[Tensor, "3 size size"], Float[Tensor, "regions 1 size size"]]:
         """As `RegionTransform.many`, with random geometry shared by the image and its regions."""
-        rgb, *alphas = split_channels(image, regions)
-        rgb, alphas = self._crop(rgb, alphas)
-        flip = float(torch.rand(())) < self.flip
-        parts = []
-        for part in (rgb, *alphas):
-            small = _resize(part, [self.size, self.size])
-            parts.append(F.horizontal_flip(small) if flip else small)
+        rgb, alphas = split_channels(image, regions)
+        if self.crop is not None:
+            rgb, alphas = self._crop(rgb, alphas, self.crop)
+        rgb, alphas = (_resize(part, [self.size, self.size]) for part in (rgb, alphas))
+        if float(torch.rand(())) < self.flip:
+            rgb, alphas = rgb.flip(-1), alphas.flip(-1)
         if self.jitter is not None:
-            parts[0] = self.jitter(parts[0])
-        return self.normalisation.rgb(parts[0]), self.normalisation.alpha(torch.stack(parts[1:]))
+            rgb = self.jitter(rgb)
+        return self.normalisation.rgb(rgb), self.normalisation.alpha(alphas)
 
-    def _crop(self, rgb: Tensor, alphas: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        window = self.crop.make_params([rgb])
-        cut = [F.crop(a, **window) for a in alphas]
-        for whole, part in zip(alphas, cut, strict=True):
-            if float(part.sum(dtype=torch.int64)) < self.min_kept * float(
-                whole.sum(dtype=torch.int64)
-            ):
-                return rgb, alphas
+    def _crop(
+        self, rgb: Tensor, alphas: Tensor, crop: v2.RandomResizedCrop
+    ) -> tuple[Tensor, Tensor]:
+        """Cut one window out of both, unless it would cut too much of a region away."""
+        window = crop.make_params([rgb])
+        cut = F.crop(alphas, **window)
+        kept = cut.sum((1, 2, 3), dtype=torch.int64)
+        if (kept < self.min_kept * alphas.sum((1, 2, 3), dtype=torch.int64)).any():
+            return rgb, alphas
         return F.crop(rgb, **window), cut

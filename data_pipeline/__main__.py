@@ -130,11 +130,11 @@ JOBS: dict[str, type[ScenesJob] | type[GritJob] | type[InspectJob]] = {
 
 def build_parser() -> ArgumentParser:
     """Return the parser of all commands."""
-    parser = ArgumentParser(prog="alpha-clip-data", description=__doc__)
+    parser = ArgumentParser(prog="alpha-clip-data", description=__doc__, allow_abbrev=False)
     commands = parser.add_subcommands(dest="command")
     for name, job in JOBS.items():
         summary = str(job.__doc__).splitlines()[0]
-        command = ArgumentParser(description=summary)
+        command = ArgumentParser(description=summary, allow_abbrev=False)
         command.add_argument("--config", action="config", help="YAML file with these keys")
         command.add_class_arguments(job, sub_configs=True)
         commands.add_subcommand(name, command, help=summary)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from alpha_clip.regions import MAX_IMAGE_PX, SampleError
 
@@ -45,7 +46,7 @@ def read_image(data: bytes, max_px: int = MAX_IMAGE_PX) -> StoredImage:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "WEBP"])
+            image: Image.Image = Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "WEBP"])
             if image.width * image.height > max_px:
                 raise SampleError(
                     "huge_image", f"{image.width} x {image.height} px, limit {max_px}"
@@ -54,11 +55,13 @@ def read_image(data: bytes, max_px: int = MAX_IMAGE_PX) -> StoredImage:
             upright = image.getexif().get(_ORIENTATION, 1) == 1
             if image.format == "JPEG" and image.mode in ("RGB", "L") and upright:
                 return StoredImage(np.asarray(image.convert("RGB")), strip_exif(data), False)
+            if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` clips to white
+                image = image.point(lambda v: v / 256).convert("L")
             buffer = io.BytesIO()
             ImageOps.exif_transpose(image).convert("RGB").save(buffer, "JPEG", quality=95)
     except Image.DecompressionBombError as error:
         raise SampleError("huge_image", str(error)) from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         if isinstance(error, SampleError):
             raise
         raise SampleError("corrupt_image", str(error)) from error
@@ -71,6 +74,9 @@ def strip_exif(jpeg: bytes) -> bytes:
     kept, position = [jpeg[:2]], 2
     while position + 4 <= len(jpeg) and jpeg[position] == 0xFF:
         marker = jpeg[position + 1]
+        if marker == 0xFF:  # a fill byte, of which any number may precede a marker
+            position += 1
+            continue
         if marker == 0xDA:  # the scan: all that follows is the picture
             break
         end = position + 2 + int.from_bytes(jpeg[position + 2 : position + 4], "big")

@@ -72,6 +72,8 @@ def inspect_shards(
     pictures: list[Tile] = []
     for manifest in manifests.values():
         rejects.update(manifest.rejects)
+        if (size := (directory / manifest.tar).stat().st_size) != manifest.bytes:
+            raise OSError(f"{manifest.tar} is damaged: {size} bytes long, not {manifest.bytes}")
         for sample in read_shard(directory / manifest.tar):
             found.samples += 1
             found.regions += len(sample.regions)

@@ -163,6 +163,11 @@ def plan(inputs: list[Path], output: Path, config: PipelineConfig) -> list[Shard
         ValueError: If the folder holds shards of other settings or of other inputs.
     """
     done = read_manifests(output) if output.exists() else {}
+    if surplus := [stem for stem in done if int(stem) >= len(inputs)]:
+        raise ValueError(
+            f"{output} holds shard {surplus[0]}, but {len(inputs)} inputs were given; keep the "
+            "list of inputs as it was, or write to another folder"
+        )
     tasks = []
     for index, path in enumerate(inputs):
         manifest = done.get(f"{index:05d}")

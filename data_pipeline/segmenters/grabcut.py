@@ -48,7 +48,8 @@ class GrabCutSegmenter(Segmenter):
         left, top = max(x1 - dx, 0), max(y1 - dy, 0)
         crop = rgb[top : min(y2 + dy, height), left : min(x2 + dx, width)]
         scale = min(1.0, self.max_side_px / max(crop.shape[:2]))
-        small = cv2.resize(crop, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        shape = [max(1, round(side * scale)) for side in (crop.shape[1], crop.shape[0])]
+        small = cv2.resize(crop, shape, interpolation=cv2.INTER_AREA)
         hint = np.full(small.shape[:2], cv2.GC_BGD, np.uint8)
         inner = [round(v * scale) for v in (x1 - left, y1 - top, x2 - left, y2 - top)]
         hint[inner[1] : inner[3], inner[0] : inner[2]] = cv2.GC_PR_FGD

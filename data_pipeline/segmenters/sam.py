@@ -45,7 +45,14 @@ class SamSegmenter(Segmenter):
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             sam = sam_model_registry[self.model_type]()
             sam.load_state_dict(state)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+        except (
+            RuntimeError,
+            pickle.UnpicklingError,
+            EOFError,
+            AttributeError,
+            TypeError,
+            LookupError,
+        ) as error:
             raise ValueError(
                 f"{self.checkpoint} does not hold weights of SAM {self.model_type}: "
                 f"{str(error)[:300]}"

@@ -7,11 +7,11 @@ characters in the caption, then its box as shares of width and height.
 from __future__ import annotations
 
 import json
-import math
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from tarfile import EOFHeaderError, HeaderError, ReadError  # type: ignore[attr-defined]
 from typing import Any, ClassVar, Literal, cast
 
 from alpha_clip.regions import MAX_IMAGE_PX, PhraseKind, SampleError
@@ -41,16 +41,14 @@ class GritSource(Source):
         """Yield every sample of a tar; see `Source.read`."""
         seen: set[str] = set()
         for key, members in _group(shard):
-            if key in seen:
-                yield Reject(key, None, "duplicate_key")
-                continue
-            seen.add(key)
-            if key == _TRUNCATED:
-                yield Reject(key, None, "truncated_tar", f"{shard} ends inside a sample")
+            if key is None:
+                yield Reject("", None, "truncated_tar", f"{shard} ends early or is damaged")
                 continue
             record: dict[str, Any] = {}
             try:
                 record = _record(key, members)
+                _check(key, record, seen)
+                seen.add(key)
                 image = read_image(_image_bytes(members), self.max_image_px)
                 yield self._sample(key, record, image)
             except SampleError as error:
@@ -115,39 +113,53 @@ class GritSource(Source):
         return BoxedPhrase(rid, text, kind, span, (box[0], box[1], box[2], box[3]), score)
 
 
-_TRUNCATED = "truncated"
+class _StrictTarInfo(tarfile.TarInfo):
+    """Raises where a tar stops without its end mark, which `tarfile` takes for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> _StrictTarInfo:
+        try:
+            return super().fromtarfile(tarfile)
+        except EOFHeaderError:  # the end mark
+            raise
+        except HeaderError as error:
+            raise ReadError(f"no sound header: {error}") from error
 
 
-def _group(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield neighbouring members with one key, as `key, {extension: bytes}`."""
+def _group(shard: Path) -> Iterator[tuple[str | None, dict[str, bytes]]]:
+    """Yield neighbouring members with one key, as `key, {extension: bytes}`.
+
+    The key is `None`, once and last, where the tar ends early; an unfinished sample goes with it.
+    """
     key, members = "", dict[str, bytes]()
     try:
-        with tarfile.open(shard, "r|*") as tar:
+        with tarfile.open(shard, "r|*", tarinfo=_StrictTarInfo) as tar:
             for member in tar:
                 if not member.isfile():
                     continue
                 path = PurePosixPath(member.name)
-                if path.stem != key:
+                extension = path.suffix[1:].lower()
+                if path.stem != key or extension in members:
                     if members:
                         yield key, members
                     key, members = path.stem, {}
                 file = tar.extractfile(member)
                 data = file.read() if file else b""
                 if len(data) != member.size:
-                    raise tarfile.ReadError("unexpected end of data")
-                members[path.suffix[1:].lower()] = data
+                    raise ReadError("unexpected end of data")
+                members[extension] = data
     except (tarfile.TarError, OSError, EOFError) as error:
         if not key:
             raise BadShardError(f"{shard} is no readable tar: {error}") from error
-        yield _TRUNCATED, {}
+        if "json" in members and not members.keys().isdisjoint(_IMAGES):
+            yield key, members
+        yield None, {}
         return
     if members:
         yield key, members
 
 
 def _record(key: str, members: dict[str, bytes]) -> dict[str, Any]:
-    if not (key.isascii() and key.isdigit()):
-        raise SampleError("bad_key", f"a key must be digits, got {key!r}")
     if "json" not in members:
         raise SampleError("missing_json", f"{key} has only {sorted(members)}")
     try:
@@ -156,9 +168,16 @@ def _record(key: str, members: dict[str, bytes]) -> dict[str, Any]:
         raise SampleError("bad_json", str(error)) from error
     if not isinstance(record, dict):
         raise SampleError("bad_json", f"expected an object, got {type(record).__name__}")
+    return record
+
+
+def _check(key: str, record: dict[str, Any], seen: set[str]) -> None:
+    if not (key.isascii() and key.isdigit()):
+        raise SampleError("bad_key", f"a key must be digits, got {key!r}")
+    if key in seen:
+        raise SampleError("duplicate_key", f"{key} was there before")
     if not isinstance(record.get("caption"), str):
         raise SampleError("missing_caption", f"{key}.json has no text under 'caption'")
-    return record
 
 
 def _image_bytes(members: dict[str, bytes]) -> bytes:
@@ -169,4 +188,4 @@ def _image_bytes(members: dict[str, bytes]) -> bytes:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) < 1e12  # false for NaN, too

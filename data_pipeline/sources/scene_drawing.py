@@ -32,8 +32,8 @@ NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 # One pair for each shape and each colour, so that every word is seen in training, but not together.
 HELD_OUT_NAMES = tuple(f"{colour} {SHAPES[(i + 2) % 6]}" for i, colour in enumerate(COLOURS))
 
-_MIN_VISIBLE = 0.7  # share of an object that the ones drawn over it must leave in sight
-_KINSHIP = (0.4, 0.2, 0.4)  # share of pictures whose objects have one colour, one shape, neither
+_MIN_VISIBLE = 0.85  # share of an object that the ones drawn over it must leave in sight
+_KINSHIP = (0.3, 0.2, 0.5)  # share of pictures whose objects have one colour, one shape, neither
 _SUBPIXEL = 4  # fractional bits of OpenCV's fixed-point coordinates
 
 
@@ -66,9 +66,9 @@ class SceneConfig:
                 f"samples and shard_size must be at least 1, got {self.samples} and "
                 f"{self.shard_size}"
             )
-        if not 3 <= self.objects_min <= self.objects_max <= 6:
+        if not 3 <= self.objects_min <= self.objects_max <= 5:
             raise ValueError(
-                "expected 3 <= objects_min <= objects_max <= 6 (with fewer than three the picture "
+                "expected 3 <= objects_min <= objects_max <= 5 (with fewer than three the picture "
                 f"itself gives the answer away), got {self.objects_min} and {self.objects_max}"
             )
         if not 64 <= self.size_px <= 1024:
