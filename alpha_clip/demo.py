@@ -18,6 +18,8 @@ from pathlib import Path
 
 from alpha_clip.demo_report import write_report
 
+_PLAIN = ["no alpha", "crop", "masked crop", "red circle"]  # ways of pointing without alpha
+
 
 @dataclass(frozen=True)
 class Step:
@@ -144,12 +146,14 @@ def _scenes_road(folder: Path) -> list[Step]:
         )
     )
     for name in ("base", "alpha"):
-        options = {
+        options: dict[str, object] = {
             "checkpoint": folder / "models" / name,
             "output": folder / "scores" / f"{name}.json",
             "benchmark.init_args.data": json.dumps([str(folder / "shards/test")]),
             "benchmark.init_args.names": folder / "scenes/test/names.json",
         }
+        if name == "base":  # it does not see alpha
+            options["benchmark.init_args.focus"] = json.dumps(_PLAIN)
         road.append(_ours("eval", f"evaluate {name}", "eval/regions.yaml", options))
     return [*road, _export(folder)]
 

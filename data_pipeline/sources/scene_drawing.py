@@ -25,7 +25,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "blue": (45, 90, 215),
     "purple": (150, 60, 180),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SHAPES = ("oval", "square", "triangle", "bar", "cross", "ring")
 TEXTURES = ("", "striped", "dotted", "checked")
 SIZES = ("small", "large")
 NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
@@ -33,7 +33,8 @@ NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 HELD_OUT_NAMES = tuple(f"{colour} {SHAPES[(i + 2) % 6]}" for i, colour in enumerate(COLOURS))
 
 _MIN_VISIBLE = 0.85  # share of an object that the ones drawn over it must leave in sight
-_KINSHIP = (0.3, 0.2, 0.5)  # share of pictures whose objects have one colour, one shape, neither
+_KINSHIP = (0.5, 0.2, 0.3)  # share of pictures whose objects have one colour, one shape, neither
+_COARSE = 3  # pixels a cell when a place is looked for
 _SUBPIXEL = 4  # fractional bits of OpenCV's fixed-point coordinates
 
 
@@ -106,31 +107,32 @@ class Scene:
         return f"{', '.join(head)} and {last}"
 
 
-def _outline(shape: str, centre: NDArray[Any], radius: float, turn: float) -> list[NDArray[Any]]:
-    """Return the polygons `[N, 2]` (x, y) whose even-odd filling is the shape."""
+def _outline(shape: str, radius: float, turn: float) -> list[NDArray[Any]]:
+    """Return the polygons `[N, 2]` (x, y) around 0 whose even-odd filling is the shape."""
 
     def ring(r: float | NDArray[Any], n: int, start: float = 0.0) -> NDArray[Any]:
         angle = start + turn + np.arange(n) * (2 * np.pi / n)
         spokes = np.stack([np.cos(angle), np.sin(angle)], 1) * np.reshape(r, (-1, 1))
-        return np.asarray(centre + spokes)
+        return np.asarray(spokes)
 
-    if shape == "circle":
-        return [ring(radius * 0.9, 40)]
+    rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    if shape == "oval":
+        return [ring(radius, 40) * (0.6, 1.2)]
     if shape == "ring":
         return [ring(radius * 0.95, 40), ring(radius * 0.5, 40)]
     if shape == "square":
         return [ring(radius * 1.1, 4, np.pi / 4)]
     if shape == "triangle":
         return [ring(radius * 1.15, 3, -np.pi / 2)]
-    if shape == "star":
-        radii = np.where(np.arange(10) % 2 == 0, radius * 1.15, radius * 0.48)
-        return [ring(radii, 10, -np.pi / 2)]
-    arm, bar = radius, radius * 0.36
+    if shape == "bar":
+        wide, high = radius * 1.2, radius * 0.42
+        corners = np.array([(wide, high), (-wide, high), (-wide, -high), (wide, -high)])
+        return [corners @ rotation]
+    arm, bar = radius * 1.05, radius * 0.3
     corner = np.array([(bar, arm), (bar, bar), (arm, bar)])
     quarters = [np.linalg.matrix_power(np.array([[0, -1], [1, 0]]), q) for q in range(4)]
     cross = np.concatenate([corner @ quarter for quarter in quarters])
-    c, s = np.cos(turn), np.sin(turn)
-    return [centre + cross @ np.array([[c, s], [-s, c]])]
+    return [cross @ rotation]
 
 
 def _coverage(outline: list[NDArray[Any]], height: int, width: int) -> NDArray[np.float32]:
@@ -153,7 +155,7 @@ def _texture(kind: str, colour: NDArray[Any], grid: NDArray[Any], period: float)
         dark = (np.mod(x, period) < period / 2) ^ (np.mod(y, period) < period / 2)
     else:
         dark = np.zeros(x.shape, bool)
-    return np.where(dark[..., None], colour * 0.65, colour)
+    return np.where(dark[..., None], colour * 0.75, colour)
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> Pixels:
@@ -195,15 +197,16 @@ def _place(
     placed: list[tuple[str, str, float, NDArray[np.float32], float]] = []
     visible: list[Mask] = []
     areas: list[int] = []
+    rows, columns = height // _COARSE, width // _COARSE
     for name in names:
         size = str(rng.choice(SIZES))
-        limits = (0.2, 0.23) if size == "small" else (0.27, 0.31)
+        limits = (0.18, 0.21) if size == "small" else (0.24, 0.28)
         radius = float(rng.uniform(*limits)) * min(height, width)
         turn = float(rng.uniform(-0.25, 0.25))
+        outline = _outline(name.split(" ")[1], radius, turn)
         for _ in range(20):
             centre = rng.uniform((radius, radius), (width - radius, height - radius))
-            cover = _coverage(_outline(name.split(" ")[1], centre, radius, turn), height, width)
-            mask = cover > 0.5
+            mask = _coverage([(p + centre) / _COARSE for p in outline], rows, columns) > 0.5
             rest = [m & ~mask for m in visible]
             if all(m.sum() >= _MIN_VISIBLE * a for m, a in zip(rest, areas, strict=True)):
                 break
@@ -211,6 +214,7 @@ def _place(
             return None
         visible = [*rest, mask]
         areas.append(int(mask.sum()))
+        cover = _coverage([p + centre for p in outline], height, width)
         placed.append((name, size, turn, cover, radius))
     return placed
 

@@ -128,10 +128,10 @@ def test_most_objects_that_are_allowed_can_be_drawn():
 
 def test_caption_lists_the_objects_with_their_articles():
     mask = np.ones((2, 2), bool)
-    names = ("red ring", "orange star", "blue cross")
+    names = ("red ring", "orange bar", "blue cross")
     objects = tuple(SceneObject(name, "", "small", mask) for name in names)
     scene = Scene(np.zeros((2, 2, 3), np.uint8), objects)
-    assert scene.caption == "a red ring, an orange star and a blue cross"
+    assert scene.caption == "a red ring, an orange bar and a blue cross"
 
 
 @pytest.mark.parametrize(
