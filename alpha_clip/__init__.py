@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from alpha_clip.checkpoint import save_checkpoint
     from alpha_clip.factory import create_model, load_checkpoint
     from alpha_clip.model import AlphaClip
+    from alpha_clip.published import available_models, load, tokenize
     from alpha_clip.regions import Box, RegionSample, region_to_alpha
     from alpha_clip.surgery import AlphaConv2d, add_alpha_channel, fold_alpha
     from alpha_clip.transforms import RegionAugment, RegionTransform
@@ -24,11 +25,14 @@ __all__ = [
     "RegionSample",
     "RegionTransform",
     "add_alpha_channel",
+    "available_models",
     "create_model",
     "fold_alpha",
+    "load",
     "load_checkpoint",
     "region_to_alpha",
     "save_checkpoint",
+    "tokenize",
 ]
 
 __version__ = "0.1.0"
@@ -41,11 +45,14 @@ _HOME = {
     "RegionSample": "regions",
     "RegionTransform": "transforms",
     "add_alpha_channel": "surgery",
+    "available_models": "published",
     "create_model": "factory",
     "fold_alpha": "surgery",
+    "load": "published",
     "load_checkpoint": "factory",
     "region_to_alpha": "regions",
     "save_checkpoint": "checkpoint",
+    "tokenize": "published",
 }
 
 

@@ -17,12 +17,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from alpha_clip.layouts import split_folded
 from alpha_clip.model import AlphaClip
-from alpha_clip.transforms import Normalisation
+from alpha_clip.transforms import Normalisation, RegionTransform
 
 FORMAT = 1
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "model.safetensors"
+# open_clip's words for our geometries; a crop around the region ends in a square, too.
+_RESIZE_MODES = {
+    "center_crop": "shortest",
+    "pad": "longest",
+    "squash": "squash",
+    "crop_box": "squash",
+}
 
 
 @dataclass(frozen=True)
@@ -32,12 +40,14 @@ class CheckpointConfig:
     Attributes:
         name: Architecture, in open_clip's spelling.
         model_cfg: open_clip's model config.
-        normalisation: What the tower expects of its input.
+        transform: Makes the tower's input.
+        base: Where the weights came from that alpha was added to, if that is known.
     """
 
     name: str
     model_cfg: dict[str, Any]
-    normalisation: Normalisation
+    transform: RegionTransform
+    base: str | None
 
 
 def save_checkpoint(model: AlphaClip, directory: str | os.PathLike[str]) -> Path:
@@ -55,13 +65,22 @@ def save_checkpoint(model: AlphaClip, directory: str | os.PathLike[str]) -> Path
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    n = model.normalisation
+    n, t = model.normalisation, model.transform
     record = {
         "model_cfg": model.config,
-        "preprocess_cfg": {"size": model.image_size, "mean": n.mean, "std": n.std},
+        "preprocess_cfg": {
+            "size": t.size,
+            "mean": n.mean,
+            "std": n.std,
+            "interpolation": t.interpolation,
+            "resize_mode": _RESIZE_MODES[t.geometry],
+        },
         "alpha_clip": {
             "format": FORMAT,
             "name": model.name,
+            "base": model.base,
+            "geometry": t.geometry,
+            "scale": t.scale,
             "alpha_mean": n.alpha_mean,
             "alpha_std": n.alpha_std,
             "versions": {p: _version(p) for p in ("alpha-clip", "open_clip_torch", "torch")},
@@ -100,7 +119,15 @@ def read_config(directory: str | os.PathLike[str]) -> CheckpointConfig:
             alpha_mean=float(ours["alpha_mean"]),
             alpha_std=float(ours["alpha_std"]),
         )
-        return CheckpointConfig(str(ours["name"]), dict(record["model_cfg"]), normalisation)
+        # These keys came later than the first folders of this format.
+        interpolation = size.get("interpolation", "bicubic")
+        geometry, scale = ours.get("geometry", "center_crop"), float(ours.get("scale", 1.5))
+        transform = RegionTransform(
+            int(size["size"]), normalisation, geometry, scale, interpolation
+        )
+        base = ours.get("base")
+        name, model_cfg = str(ours["name"]), dict(record["model_cfg"])
+        return CheckpointConfig(name, model_cfg, transform, base)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{file} is not the config of an alpha_clip checkpoint: {type(error).__name__} {error}"
@@ -133,7 +160,7 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], origin: str) -> No
     Raises:
         ValueError: Listing the keys that are missing, left over, or of another shape.
     """
-    own = module.state_dict()
+    own, state = module.state_dict(), split_folded(module, state)
     wrong = {
         "missing": sorted(own.keys() - state.keys()),
         "unexpected": sorted(state.keys() - own.keys()),
@@ -147,7 +174,7 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], origin: str) -> No
     if problems:
         raise ValueError(
             f"the weights of {origin} do not fit {type(module).__name__} ({'; '.join(problems)}); "
-            "create the model with the architecture that they were trained with"
+            "create the model with the architecture (and image_size) that they were trained with"
         )
     module.load_state_dict(state)
 

@@ -18,12 +18,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from alpha_clip.factory import Tokenizer, create_tokenizer
 from alpha_clip.model import AlphaClip
 from alpha_clip.reader import Shard, find_shards, read_samples
 from alpha_clip.regions import Region, RegionSample, SampleError
 from alpha_clip.sampling import Sampling
-from alpha_clip.transforms import Geometry, RegionAugment, RegionTransform
+from alpha_clip.text import Tokenizer
+from alpha_clip.transforms import RegionAugment, RegionTransform, SharedGeometry
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ class RegionDataModule(L.LightningDataModule):
         augment_scale: tuple[float, float] = (0.6, 1.0),
         flip: float = 0.0,
         jitter: float = 0.0,
-        val_geometry: Geometry = "squash",
+        val_geometry: SharedGeometry = "squash",
         shuffle: int = 1000,
         workers: int = 2,
         seed: int = 0,
@@ -226,6 +226,7 @@ class RegionDataModule(L.LightningDataModule):
             scale=self.augment_scale,
             flip=self.flip,
             jitter=self.jitter,
+            interpolation=model.transform.interpolation,
         )
         epoch = self.trainer.current_epoch if self.trainer else 0
         seed = self.seed + 1_000_003 * epoch
@@ -236,7 +237,7 @@ class RegionDataModule(L.LightningDataModule):
         if not self._val_shards:
             return []
         model = self._model()
-        transform = RegionTransform(model.image_size, model.normalisation, self.val_geometry)
+        transform = model.transform.replace(geometry=self.val_geometry)
         return self._loader(self._val_shards, transform, self.seed, training=False)
 
     def _loader(
@@ -263,7 +264,7 @@ class RegionDataModule(L.LightningDataModule):
             data,
             batch_size=self.batch_size,
             num_workers=self.workers,
-            collate_fn=Collate(create_tokenizer(self._model())),
+            collate_fn=Collate(self._model().tokenizer),
             drop_last=training,
             worker_init_fn=_one_thread,
         )

@@ -2,62 +2,141 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from copy import deepcopy
+import warnings
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from alpha_clip.checkpoint import CONFIG_FILE, load_weights, read_config, read_weights
+from alpha_clip.architectures import (
+    Precision,
+    build_by_name,
+    build_from_config,
+    config_of,
+    is_timm,
+    resize_input,
+)
+from alpha_clip.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_config, read_weights
+from alpha_clip.layouts import OWN_ALPHA, infer_config
 from alpha_clip.model import AlphaClip
-from alpha_clip.surgery import add_alpha_channel
-from alpha_clip.transforms import Geometry, Normalisation, RegionTransform
-
-Precision = Literal["fp32", "fp16", "bf16"]
-Tokenizer: TypeAlias = Callable[[list[str]], Tensor]
-_LOCAL = "local-dir:"
+from alpha_clip.text import Tokenizer
+from alpha_clip.transforms import Geometry, RegionTransform
+from alpha_clip.weights import Weights, read_weights_file
 
 
 def create_model(
     name: str | None = None,
-    pretrained: str | None = None,
+    pretrained: str | os.PathLike[str] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     precision: Precision = "fp32",
     device: str | torch.device = "cpu",
-    geometry: Geometry = "center_crop",
+    geometry: Geometry | None = None,
+    image_size: int | None = None,
 ) -> tuple[AlphaClip, RegionTransform, Tokenizer]:
     """Build an Alpha-CLIP with its transform and tokenizer.
 
     Args:
         name: An open_clip architecture (`open_clip.list_models()`), or `local-dir:FOLDER` with an
-            `open_clip_config.json`. May be left out where `checkpoint` says it.
-        pretrained: Weights of the CLIP to start from: an open_clip tag, a file, or `None`.
-        checkpoint: A folder written by `save_checkpoint`.
+            `open_clip_config.json`. May be left out where the weights say it: a folder of ours, or
+            both towers in OpenAI's layout.
+        pretrained: Weights of the CLIP to start from: an open_clip tag, a file (OpenAI's archives
+            and state dicts, open_clip's), or `None`.
+        checkpoint: Weights with alpha: a folder written by `save_checkpoint`, or a file of the
+            published code's. Those hold the image tower alone; the text tower is `pretrained`'s.
         precision: Type of the weights.
         device: Where to put the model.
-        geometry: How the transform makes an image square; see `RegionTransform`.
+        geometry: How the transform makes an image square, see `RegionTransform`; by default as the
+            weights expect it.
+        image_size: Side of the input in pixels, if it should be another than the architecture's;
+            the position embeddings are interpolated.
 
     Returns:
         The model in eval mode, `transform(image, region)`, and `tokenizer(texts)`.
 
     Raises:
-        ValueError: If there is no such architecture or tag, or the weights do not fit it.
+        ValueError: If there is no such architecture, tag or file, or the weights do not fit.
     """
-    if checkpoint is not None:
+    if checkpoint is not None and (folder := _own_folder(Path(checkpoint))):
         if pretrained is not None:
-            raise ValueError("a checkpoint replaces pretrained weights; give one of the two")
-        model = _load_own(Path(checkpoint), name, precision)
-    elif name is None:
-        raise ValueError("expected the name of an architecture or a checkpoint, got neither")
+            raise ValueError(f"{folder} holds both towers; leave pretrained={pretrained!r} out")
+        model = _load_own(folder, name, precision, image_size)
     else:
-        model = _create_base(name, pretrained, precision)
-    transform = RegionTransform(model.image_size, model.normalisation, geometry)
-    return model.to(device).eval(), transform, create_tokenizer(model)
+        tag, base = _tag_or_file(pretrained)
+        alpha = None if checkpoint is None else read_weights_file(checkpoint)
+        model = create_from_weights(name, tag, base, alpha, precision, image_size)
+    if geometry is not None:
+        model.transform = model.transform.replace(geometry=geometry)
+    return model.to(device).eval(), model.transform, model.tokenizer
+
+
+def create_from_weights(
+    name: str | None,
+    tag: str | None = None,
+    base: Weights | None = None,
+    alpha: Weights | None = None,
+    precision: Precision = "fp32",
+    image_size: int | None = None,
+) -> AlphaClip:
+    """Build a model from weights that were read already; see `create_model`.
+
+    Args:
+        name: Architecture, or `None` to infer it from weights in OpenAI's layout.
+        tag: open_clip's name for the base weights.
+        base: Base weights, where they come from a file.
+        alpha: Weights with alpha, of the image tower alone or of both.
+        precision: Type of the weights.
+        image_size: Side of the input in pixels, or the architecture's own.
+
+    Raises:
+        ValueError: If the parts do not go together.
+    """
+    _check_roles(name, tag, base, alpha)
+    whole = alpha if alpha and not alpha.visual_only else base
+    quick_gelu = any(w.quick_gelu for w in (base, alpha) if w)
+    if name is not None:
+        model = build_by_name(name, tag, precision, quick_gelu, image_size)
+    elif whole is not None:
+        config = infer_config(whole.state, whole.origin)
+        model = build_from_config("custom", config, precision, image_size)
+    else:
+        raise ValueError(
+            "expected the name of an architecture or a checkpoint with both towers, got neither"
+        )
+    for weights in (base, alpha):
+        if weights is not None:
+            _load(model, weights, resize=image_size is not None)
+    if base is not None:
+        model.base = Path(base.origin).name
+    if image_size is not None and image_size != model.image_size:  # timm, from a file
+        resize_input(model, image_size)
+    return model
+
+
+def _check_roles(
+    name: str | None, tag: str | None, base: Weights | None, alpha: Weights | None
+) -> None:
+    if base is not None and base.visual_only:
+        raise ValueError(
+            f"{base.origin} is a published Alpha-CLIP image tower; pass it as checkpoint, and the "
+            "CLIP it belongs to as pretrained"
+        )
+    if alpha is not None and not alpha.has_alpha:
+        raise ValueError(f"{alpha.origin} is a CLIP without alpha; pass it as pretrained")
+    if alpha is not None and not alpha.visual_only and (tag or base):
+        raise ValueError(f"{alpha.origin} holds both towers; leave pretrained out")
+    if alpha is not None and alpha.visual_only and not (tag or base):
+        if name is None:
+            raise ValueError(
+                f"{alpha.origin} holds an image tower alone; give the CLIP it belongs to, such as "
+                "create_model('ViT-L-14', pretrained='openai', checkpoint=...)"
+            )
+        warnings.warn(
+            f"{alpha.origin} holds an image tower alone: the text tower of {name} keeps random "
+            "weights; pass pretrained='openai' (or a file) to compare with texts",
+            stacklevel=4,
+        )
 
 
 def load_checkpoint(
@@ -78,81 +157,76 @@ def load_checkpoint(
     return create_model(checkpoint=directory, precision=precision, device=device)[0]
 
 
-def create_tokenizer(model: AlphaClip) -> Tokenizer:
-    """Return the tokenizer of a model's text tower: texts -> ids `[texts, context]`."""
-    import open_clip
-
-    text = model.config["text_cfg"]
-    known = model.name if open_clip.get_model_config(model.name) is not None else ""
-    tokenizer: Tokenizer = open_clip.get_tokenizer(
-        known, context_length=text.get("context_length", 77)
-    )
-    return tokenizer
-
-
-def _create_base(name: str, pretrained: str | None, precision: Precision) -> AlphaClip:
-    """Build from open_clip: the plain CLIP, then its fourth channel."""
-    import open_clip
-
-    if pretrained is not None and name.startswith(_LOCAL):  # open_clip would ignore it
-        raise ValueError(f"{name} takes no pretrained weights; name an architecture of open_clip")
-    config = _config_of(name)
-    tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
-    if tag.get("quick_gelu"):  # OpenAI's weights need it, whatever the architecture's name says
-        config["quick_gelu"] = True
-    with _quiet():
-        try:
-            clip = open_clip.create_model(
-                name,
-                pretrained,
-                load_weights=pretrained is not None,
-                precision=precision,
-                force_quick_gelu=config.get("quick_gelu", False),
-                pretrained_text=False,
-            )
-        except RuntimeError as error:
-            raise ValueError(f"open_clip could not build {name!r}: {error}") from error
-    given = clip.visual.preprocess_cfg
-    normalisation = Normalisation(tuple(given["mean"]), tuple(given["std"]))
-    add_alpha_channel(clip.visual)
-    return AlphaClip(clip, Path(name.removeprefix(_LOCAL)).name, config, normalisation)
-
-
-def _load_own(folder: Path, name: str | None, precision: Precision) -> AlphaClip:
+def _load_own(
+    folder: Path, name: str | None, precision: Precision, image_size: int | None
+) -> AlphaClip:
     saved = read_config(folder)
-    if name is not None and _layout(_config_of(name)) != _layout(saved.model_cfg):
+    if name is not None and _layout(config_of(name)) != _layout(saved.model_cfg):
         raise ValueError(f"{folder} holds a {saved.name}, not a {name}; leave the name out")
-    built = _create_base(f"{_LOCAL}{folder}", None, precision)
-    load_weights(built.clip, read_weights(folder), str(folder))
-    return AlphaClip(built.clip, saved.name, saved.model_cfg, saved.normalisation)
+    model = build_from_config(saved.name, saved.model_cfg, precision, image_size)
+    if is_timm(model.config) and saved.transform.size != model.image_size:
+        resize_input(model, saved.transform.size)
+    state = _as_open_clip_loads(model.clip, read_weights(folder), image_size is not None)
+    load_weights(model.clip, state, str(folder))
+    model.transform, model.base = saved.transform, saved.base
+    if image_size is not None:
+        model.transform = saved.transform.replace(size=image_size)
+        if is_timm(model.config):
+            resize_input(model, image_size)
+    return model
 
 
-def _config_of(name: str) -> dict[str, Any]:
-    import open_clip
+def _load(model: AlphaClip, weights: Weights, resize: bool) -> None:
+    """Load a file's weights; a tower without alpha gets zeros for it."""
+    target: nn.Module = model.visual if weights.visual_only else model.clip
+    state = _as_open_clip_loads(model.clip, weights.state, resize)
+    if weights.visual_only:
+        state = {key.removeprefix("visual."): value for key, value in state.items()}
+    if not weights.has_alpha:
+        own = target.state_dict()
+        state.update({k: torch.zeros_like(own[k]) for k in own if k.endswith(OWN_ALPHA)})
+    load_weights(target, state, weights.origin)
 
-    folder = Path(name.removeprefix(_LOCAL))
-    if name.startswith(_LOCAL) and not (folder / CONFIG_FILE).is_file():
-        raise ValueError(f"{folder} has no {CONFIG_FILE}")
-    config = open_clip.get_model_config(name)
-    if config is None:
-        raise ValueError(
-            f"unknown architecture {name!r}; open_clip.list_models() names "
-            f"{len(open_clip.list_models())} of them, such as ViT-B-16"
-        )
-    return deepcopy(dict(config))
+
+def _as_open_clip_loads(clip: Any, state: dict[str, Tensor], resize: bool) -> dict[str, Tensor]:
+    """Do to a foreign state dict what open_clip's own loader does before it is strict.
+
+    Positions are interpolated only where another input size was asked for: that weights of 336 px
+    were given for a tower of 224 px is more likely a mistake.
+    """
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
+
+    state = dict(convert_state_dict(clip, dict(state)))
+    if "positional_embedding" in state and not hasattr(clip, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    for scalar in ("logit_scale", "logit_bias"):  # once of shape [], once of shape [1]
+        if scalar in state and getattr(clip, scalar, None) is not None:
+            if state[scalar].numel() == 1:
+                state[scalar] = state[scalar].reshape(getattr(clip, scalar).shape)
+    state.pop("text.transformer.embeddings.position_ids", None)  # older transformers saved it
+    if resize:
+        resize_pos_embed(state, clip)
+    return state
+
+
+def _tag_or_file(pretrained: str | os.PathLike[str] | None) -> tuple[str | None, Weights | None]:
+    if pretrained is None:
+        return None, None
+    if Path(pretrained).is_file():
+        return None, read_weights_file(pretrained)
+    if isinstance(pretrained, str) and not Path(pretrained).suffix:
+        return pretrained, None
+    raise ValueError(f"there is no file {pretrained}; expected weights or one of open_clip's tags")
+
+
+def _own_folder(checkpoint: Path) -> Path | None:
+    """Return the folder of ours that a path means, if it means one."""
+    if checkpoint.name == WEIGHTS_FILE and (checkpoint.parent / CONFIG_FILE).is_file():
+        return checkpoint.parent
+    return None if checkpoint.is_file() else checkpoint
 
 
 def _layout(config: dict[str, Any]) -> dict[str, Any]:
     """Leave out what OpenAI's weights turn on in an architecture that does not name it."""
     return {key: value for key, value in config.items() if key != "quick_gelu"}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence open_clip's word that a model starts from random weights: the caller asked for it."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(previous)

@@ -2,36 +2,64 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor, nn
 
-from alpha_clip.transforms import Normalisation
+from alpha_clip.regions import Region
+from alpha_clip.surgery import AlphaConv2d, sharing_rgb
+from alpha_clip.text import Tokenizer, encode_text
+from alpha_clip.transforms import Normalisation, RegionTransform
 
 
 class AlphaClip(nn.Module):
     """A CLIP with an alpha channel.
 
-    Build it with `create_model`; the constructor receives built parts.
+    Build it with `create_model`; the constructor receives built parts. What is not defined here is
+    the CLIP's own: `model.token_embedding`, `model.context_length`, ...
 
     Args:
         clip: An open_clip model whose image tower was treated by `add_alpha_channel`.
         name: Name of the architecture it was built from.
         config: open_clip's model config, enough to build the same model again.
-        normalisation: What the tower expects of its input.
+        transform: Makes its input from images and regions.
+        base: Where the weights came from that alpha was added to, if anywhere.
     """
 
     def __init__(
-        self, clip: nn.Module, name: str, config: dict[str, Any], normalisation: Normalisation
+        self,
+        clip: nn.Module,
+        name: str,
+        config: dict[str, Any],
+        transform: RegionTransform,
+        base: str | None = None,
     ) -> None:
         super().__init__()
         self.clip = clip
         self.name = name
         self.config = config
-        self.normalisation = normalisation
+        self.transform = transform
+        self.base = base
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "clip":  # not there yet
+                raise
+            return getattr(self.clip, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Scripts wrap the tower (`model.visual = DistributedDataParallel(model.visual)`).
+        if name in ("visual", "logit_scale"):
+            setattr(self.clip, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def visual(self) -> nn.Module:
@@ -44,10 +72,24 @@ class AlphaClip(nn.Module):
         return self.clip.get_parameter("logit_scale")
 
     @property
+    def normalisation(self) -> Normalisation:
+        """What the tower expects of its input."""
+        return self.transform.normalisation
+
+    @property
     def image_size(self) -> int:
         """Side of the input, in pixels."""
-        size = getattr(self.visual, "image_size", None)
-        return int(size[0] if isinstance(size, tuple | list) else size)  # type: ignore[arg-type]
+        return self.transform.size
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Turns texts into ids."""
+        return Tokenizer(self.name, self.config["text_cfg"])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the image tower's first convolution; inputs are cast to it."""
+        return next(p for p in self.visual.parameters() if p.ndim == 4).dtype
 
     def encode_image(
         self,
@@ -66,7 +108,9 @@ class AlphaClip(nn.Module):
         Raises:
             ValueError: If the channels or the sizes do not fit together.
         """
-        features: Tensor = self.visual(self._join(rgba, alpha).to(self.dtype))
+        joined = join_alpha(rgba, alpha, self.normalisation.whole_image)
+        _check_finite(joined)
+        features: Tensor = self.visual(joined.to(self.dtype))
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_regions(
@@ -76,7 +120,7 @@ class AlphaClip(nn.Module):
         normalize: bool = False,
         chunk: int = 64,
     ) -> Float[Tensor, "batch regions dim"]:
-        """Embed many regions of each image.
+        """Embed many regions of each image, with one pass of RGB through the first convolution.
 
         Args:
             rgb: Normalised images, as `RegionTransform.many` gives them.
@@ -87,27 +131,47 @@ class AlphaClip(nn.Module):
         Raises:
             ValueError: If the shapes do not fit together.
         """
-        if alphas.ndim != 5 or alphas.shape[2] != 1 or alphas.shape[0] != rgb.shape[0]:
+        size = rgb.shape[-2:]
+        fits = rgb.ndim == 4 and alphas.ndim == 5 and rgb.shape[1] == 3
+        if not fits or alphas.shape != (rgb.shape[0], alphas.shape[1], 1, *size):
             raise ValueError(
-                "alphas must have shape [batch, regions, 1, height, width] with the batch of rgb, "
-                f"got {list(alphas.shape)} for rgb of shape {list(rgb.shape)}"
+                "expected rgb [batch, 3, height, width] and alphas [batch, regions, 1, height, "
+                f"width] of the same batch and size, got {list(rgb.shape)} and "
+                f"{list(alphas.shape)}; RegionTransform.many gives both, without the batch axis"
+            )
+        if chunk < 1 or alphas.shape[1] == 0:
+            raise ValueError(
+                f"expected at least one region and a chunk of at least 1, got {alphas.shape[1]} "
+                f"regions and chunk={chunk}"
             )
         batch, regions = alphas.shape[:2]
+        _check_finite(rgb, alphas)
         owner = torch.arange(batch, device=rgb.device).repeat_interleave(regions)
-        parts = [
-            self.encode_image(rgb[image], alpha, normalize)
-            for image, alpha in zip(
-                owner.split(chunk), alphas.flatten(0, 1).split(chunk), strict=True
-            )
-        ]
+        chunks = zip(owner.split(chunk), alphas.flatten(0, 1).split(chunk), strict=True)
+        if not any(isinstance(m, AlphaConv2d) for m in self.visual.modules()):  # folded
+            parts = [self.encode_image(rgb[image], alpha) for image, alpha in chunks]
+        else:
+            parts = []
+            with sharing_rgb(rgb.to(self.dtype)) as shared:
+                for image, alpha in chunks:
+                    shared.owner = image if batch > 1 else None
+                    parts.append(self.visual(alpha.to(self.dtype)))
         features: Tensor = torch.cat(parts).unflatten(0, (batch, regions))
-        return features
+        return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(
         self, tokens: Int[Tensor, "batch context"], normalize: bool = False
     ) -> Float[Tensor, "batch dim"]:
-        """Embed texts, as given by the tokenizer of `create_model`."""
-        features: Tensor = self.clip.encode_text(tokens)  # type: ignore[operator]
+        """Embed texts.
+
+        Args:
+            tokens: Ids as given by the model's tokenizer.
+            normalize: Whether to scale the embeddings to length 1.
+
+        Raises:
+            TypeError, ValueError: If these are no token ids, or longer than the context.
+        """
+        features = encode_text(self.clip, tokens)
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(
@@ -119,28 +183,89 @@ class AlphaClip(nn.Module):
         """Return the scaled cosine similarities per image and, transposed, per text."""
         features = self.encode_image(image, alpha, normalize=True)
         logits = self.logit_scale.exp() * features @ self.encode_text(text, normalize=True).T
+        if getattr(self.clip, "logit_bias", None) is not None:  # SigLIP
+            logits = logits + self.clip.get_parameter("logit_bias")
         return logits, logits.T
 
-    def _join(self, rgba: Tensor, alpha: Tensor | None) -> Tensor:
-        if rgba.ndim != 4 or rgba.shape[1] not in (3, 4):
-            raise ValueError(
-                "expected images of shape [batch, 4, height, width] (RGB + alpha) or "
-                f"[batch, 3, height, width], got {list(rgba.shape)}; build them with "
-                "RegionTransform, and add the batch axis with image[None]"
-            )
-        if alpha is None:
-            if rgba.shape[1] == 4:
-                return rgba
-            alpha = torch.full_like(rgba[:, :1], self.normalisation.whole_image)
-        elif rgba.shape[1] != 3 or alpha.shape != (rgba.shape[0], 1, *rgba.shape[2:]):
-            raise ValueError(
-                "with a separate alpha, expected RGB [batch, 3, height, width] and alpha "
-                f"[batch, 1, height, width] of one size, got {list(rgba.shape)} and "
-                f"{list(alpha.shape)}"
-            )
-        return torch.cat([rgba, alpha.to(rgba.dtype)], dim=1)
+    @torch.inference_mode()
+    def classify(
+        self,
+        image: Image.Image,
+        regions: list[Region],
+        labels: list[str],
+        template: str = "a photo of a {}.",
+    ) -> Float[Tensor, "regions labels"]:
+        """Say what the regions of an image are.
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the image tower's first convolution; inputs are cast to it."""
-        return next(p for p in self.visual.parameters() if p.ndim == 4).dtype
+        Args:
+            image: Any PIL image.
+            regions: What to look at; see `region_to_alpha`.
+            labels: Names to choose from.
+            template: Sentence with a place `{}` for the name.
+
+        Returns:
+            Probabilities; each row sums to 1.
+
+        Raises:
+            TypeError, ValueError: If a region does not fit the image; if there are no labels.
+        """
+        if not labels or not regions or "{}" not in template:
+            raise ValueError(
+                "expected at least one region, one label and a template with {}, got "
+                f"{len(regions)} regions, {len(labels)} labels and {template!r}"
+            )
+        device = self.logit_scale.device
+        if self.transform.geometry == "crop_box":  # each region has its own window
+            rgba = self.transform.stack(image, regions).to(device)
+            features = self.encode_image(rgba, normalize=True)
+        else:
+            rgb, alphas = (part.to(device) for part in self.transform.many(image, regions))
+            features = self.encode_regions(rgb[None], alphas[None], normalize=True)[0]
+        tokens = self.tokenizer([template.format(label) for label in labels]).to(device)
+        logits = self.logit_scale.exp() * features @ self.encode_text(tokens, normalize=True).T
+        return logits.float().softmax(-1)
+
+
+def join_alpha(rgba: Tensor, alpha: Tensor | None, whole_image: float) -> Tensor:
+    """Return RGBA from what was given of it.
+
+    Args:
+        rgba: Normalised images `[batch, 3 or 4, height, width]`.
+        alpha: Normalised alpha `[batch, 1, height, width]`, where `rgba` holds RGB alone.
+        whole_image: The normalised alpha of a pixel to look at, for images without alpha.
+
+    Raises:
+        ValueError: If the channels or the sizes do not fit together.
+    """
+    if rgba.ndim != 4 or rgba.shape[1] not in (3, 4):
+        raise ValueError(
+            "expected images of shape [batch, 4, height, width] (RGB + alpha) or "
+            f"[batch, 3, height, width], got {list(rgba.shape)}; build them with "
+            "RegionTransform, and add the batch axis with image[None]"
+        )
+    if alpha is None:
+        if rgba.shape[1] == 4:
+            return rgba
+        alpha = torch.full_like(rgba[:, :1], whole_image)
+    elif rgba.shape[1] != 3 or alpha.shape != (rgba.shape[0], 1, *rgba.shape[2:]):
+        raise ValueError(
+            "with a separate alpha, expected RGB [batch, 3, height, width] and alpha "
+            f"[batch, 1, height, width] of one size, got {list(rgba.shape)} and "
+            f"{list(alpha.shape)}"
+        )
+    return torch.cat([rgba, alpha.to(rgba.dtype)], dim=1)
+
+
+def _check_finite(*inputs: Tensor) -> None:
+    """Refuse NaN and infinity, which would silently become features.
+
+    On the CPU only: elsewhere it would wait for the device.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for part in inputs:
+        if part.device.type == "cpu" and not torch.isfinite(part).all():
+            raise ValueError(
+                "the input holds NaN or infinity; build it with RegionTransform from pixels 0..255 "
+                "and a mask 0..1"
+            )

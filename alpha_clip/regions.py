@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,10 +43,12 @@ __all__ = [
     "decode_rle",
     "encode_rle",
     "jpeg_size",
+    "masks_to_alphas",
     "pack_sample",
     "parse_sample",
     "region_to_alpha",
     "rle_area",
+    "tensor_to_alpha",
 ]
 
 
@@ -93,14 +95,27 @@ Region: TypeAlias = (
 )
 """A mask `[H, W]`, PIL mask, COCO RLE, COCO polygons, `Box`, or `None` for the whole image."""
 
+PIL_ALPHA = ("LA", "PA", "RGBA")  # modes with a channel of their own for alpha
+_PIL_MASKS = ("1", "L", "I", "I;16", "I;16B", "I;16L", "F")
+_LIST = (
+    "a list is read as COCO polygons, [[x1, y1, x2, y2, x3, y3, ...], ...] in pixels (for several "
+    "regions of one image use RegionTransform.many or stack)"
+)
+_EMPTY = (
+    "the region selects no pixel; pass None for the whole image (and RGB alone, of an image that "
+    "has alpha itself)"
+)
+
 
 def region_to_alpha(region: Region, height: int, width: int) -> NDArray[np.uint8]:
     """Turn a region into an alpha map of an image.
 
     Args:
         region: Any of
-            a mask `[H, W]`: bool; whole numbers, 0/1 or 0..255; floating, 0..1;
-            a PIL image of mode `1`, `L`, `LA` or `RGBA` (the alpha channel of the last two);
+            a mask `[H, W]`, also as `[1, H, W]` or `[H, W, 1]`, an array or a tensor: bool; whole
+            numbers of any width, 0/1 or 0..255 (0/1 if none is above 1); floating, 0..1;
+            a PIL image of mode `1`, `L`, `I`, `I;16` or `F` with values as above, or `LA`, `PA`
+            or `RGBA` (the alpha channel of these);
             a COCO RLE `{"size", "counts"}`, compressed or not;
             COCO polygons `[[x1, y1, x2, y2, x3, y3, ...], ...]` in pixels;
             a `Box`; or `None`, which means the whole image.
@@ -121,10 +136,11 @@ def region_to_alpha(region: Region, height: int, width: int) -> NDArray[np.uint8
         x1, y1, x2, y2 = region.pixels(height, width)
         alpha[y1:y2, x1:x2] = 255
         return alpha
+    if hasattr(region, "is_floating_point"):  # a tensor; torch is not imported to ask
+        mask = cast("torch.Tensor", region)
+        return np.asarray(tensor_to_alpha(mask, height, width).cpu())
     if isinstance(region, Image.Image):
         region = _pil_mask(region)
-    elif hasattr(region, "is_floating_point"):
-        region = _tensor_mask(region)
     elif isinstance(region, Mapping):
         region = decode_rle(region)
     elif isinstance(region, Sequence) and not isinstance(region, str | bytes):
@@ -134,58 +150,113 @@ def region_to_alpha(region: Region, height: int, width: int) -> NDArray[np.uint8
             "a region must be a mask (array, tensor or PIL image), a COCO RLE dict, COCO polygons, "
             f"an alpha_clip.Box or None, got {type(region).__name__}"
         )
-    return _mask_to_alpha(region, height, width)
+    return _mask_to_alpha(_squeeze(region, height, width))
 
 
-def _mask_to_alpha(mask: NDArray[Any], height: int, width: int) -> NDArray[np.uint8]:
-    if mask.shape != (height, width):
-        raise ValueError(
-            f"the mask must be as large as the image, [H, W] = {[height, width]}, got "
-            f"{list(mask.shape)}; resize it with nearest neighbour, or squeeze extra axes"
-        )
+def tensor_to_alpha(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Turn a mask tensor into an alpha `[H, W]` on its own device; see `region_to_alpha`.
+
+    Raises:
+        TypeError, ValueError: As `region_to_alpha` does.
+    """
+    return masks_to_alphas(_squeeze(mask, height, width))
+
+
+def masks_to_alphas(masks: torch.Tensor) -> torch.Tensor:
+    """Turn a mask `[H, W]` or masks `[B, 1, H, W]` into alphas, on their own device.
+
+    Args:
+        masks: Bool; whole numbers of any width, 0/1 or 0..255 (0/1 if none in the tensor is above
+            1); floating, 0..1.
+
+    Returns:
+        Alphas of the same shape, uint8, 255 = look here; never the memory of `masks`.
+
+    Raises:
+        TypeError: If the masks are complex.
+        ValueError: If a value is out of range or a mask selects no pixel.
+    """
+    import torch  # loaded already by who holds a tensor
+
+    masks = masks.detach().as_subclass(torch.Tensor)  # a tv_tensors.Mask would resize hard-edged
+    if masks.is_complex():
+        raise TypeError(f"a mask must be bool, whole numbers or floating, got {masks.dtype}")
+    if masks.is_floating_point():
+        masks = masks.float()
+        _check_range("f", *(float(v) for v in masks.aminmax()))
+        alphas = masks.mul(255).round().byte()
+    else:
+        if masks.dtype not in (torch.bool, torch.uint8):
+            masks = masks.long()  # uint16 and wider know hardly any arithmetic
+        kind = "b" if masks.dtype == torch.bool else "i"
+        low, high = (int(v) for v in masks.aminmax())
+        alphas = masks.byte() * _check_range(kind, low, high)
+    empty = (alphas.flatten(-2).amax(-1) == 0).flatten().nonzero().flatten().tolist()
+    if empty:
+        which = f" (images {empty} of the batch)" if alphas.ndim > 2 else ""
+        raise ValueError(_EMPTY + which)
+    return alphas
+
+
+def _mask_to_alpha(mask: NDArray[Any]) -> NDArray[np.uint8]:
     alpha: NDArray[np.uint8]
-    if mask.dtype == np.bool_:
-        alpha = mask.astype(np.uint8) * np.uint8(255)
-    elif np.issubdtype(mask.dtype, np.integer):
-        low, high = int(mask.min()), int(mask.max())
-        if low < 0 or high > 255:
-            raise ValueError(f"a mask of whole numbers must be 0/1 or 0..255, got {low}..{high}")
-        alpha = mask.astype(np.uint8) * np.uint8(255 if high <= 1 else 1)
-    elif np.issubdtype(mask.dtype, np.floating):
-        least, most = float(mask.min()), float(mask.max())
-        if not (least >= 0 and most <= 1):  # false for NaN, too
-            raise ValueError(
-                f"a floating mask must lie in 0..1, got {least}..{most}; the model's normalisation "
-                "is applied by the transform, not before"
-            )
+    if mask.dtype.kind not in "biuf":
+        raise TypeError(f"a mask must be bool, whole numbers or floating, got {mask.dtype}")
+    if mask.dtype.kind == "f":
+        _check_range("f", float(mask.min()), float(mask.max()))
         alpha = np.round(mask * 255).astype(np.uint8)
     else:
-        raise TypeError(f"a mask must be bool, whole numbers or floating, got {mask.dtype}")
+        scale = _check_range(mask.dtype.kind, int(mask.min()), int(mask.max()))
+        alpha = mask.astype(np.uint8) * np.uint8(scale)
     if not alpha.any():
-        raise ValueError("the region selects no pixel; pass None for the whole image")
+        raise ValueError(_EMPTY)
     return alpha
 
 
-def _tensor_mask(tensor: Any) -> NDArray[Any]:
-    """Read a torch tensor without importing torch."""
-    tensor = tensor.detach().cpu()
-    return np.asarray(tensor.float() if tensor.is_floating_point() else tensor)  # bfloat16, too
+def _check_range(kind: str, low: float, high: float) -> int:
+    """Return what a mask's values are multiplied by; `kind` is that of a NumPy dtype."""
+    if kind == "f" and not (low >= 0 and high <= 1):  # true for NaN, too
+        raise ValueError(
+            f"a floating mask must lie in 0..1, got {low:g}..{high:g}; the model's normalisation "
+            "is applied by the transform, not before (of logits, take the sigmoid)"
+        )
+    if kind != "f" and (low < 0 or high > 255):
+        raise ValueError(
+            f"a mask of whole numbers must be 0/1 or 0..255, got {low}..{high}; of a label map "
+            "pass one label (labels == 3), or scale the values"
+        )
+    return 255 if high <= 1 else 1
+
+
+def _squeeze(mask: Any, height: int, width: int) -> Any:
+    """Return a mask, array or tensor, as `[H, W]`, without a leftover axis of 1."""
+    exact = (height, width)
+    if tuple(mask.shape) not in (exact, (1, *exact), (*exact, 1), (1, 1, *exact)):
+        raise ValueError(
+            f"the mask must be as large as the image, [H, W] = {[height, width]}, got "
+            f"{list(mask.shape)}; resize it with nearest neighbour, or pass one mask at a time"
+        )
+    return mask.reshape(exact)
 
 
 def _pil_mask(image: Image.Image) -> NDArray[Any]:
-    if image.mode in ("LA", "RGBA"):
+    if image.mode in PIL_ALPHA:
         return np.asarray(image.getchannel("A"))
-    if image.mode in ("1", "L"):
+    if image.mode in _PIL_MASKS:
         return np.asarray(image)
-    raise ValueError(f"a PIL mask must have mode 1, L, LA or RGBA, got {image.mode}")
+    raise ValueError(
+        "a PIL mask must have mode 1, L, I, I;16 or F, or an alpha channel (LA, PA, RGBA), got "
+        f"{image.mode}; make it grey with convert('L'), or compare np.asarray(mask) with one label"
+    )
 
 
 def _polygon_mask(polygons: Sequence[Any], height: int, width: int) -> NDArray[np.bool_]:
     """Rasterise COCO polygons (their union), after checking what pycocotools takes on trust."""
-    parts = [polygons] if polygons and np.ndim(polygons[0]) == 0 else polygons
+    flat = bool(polygons) and isinstance(polygons[0], float | int | np.number)
+    parts = [polygons] if flat else polygons
     checked = []
     for part in parts:
-        points = np.asarray(part, np.float64).reshape(-1)
+        points = _points(part)
         if points.size < 6 or points.size % 2:
             raise ValueError(
                 "a polygon needs at least 3 points as [x1, y1, x2, y2, x3, y3, ...], got "
@@ -199,3 +270,14 @@ def _polygon_mask(polygons: Sequence[Any], height: int, width: int) -> NDArray[n
         raise ValueError("expected at least one polygon, got an empty list")
     rles = coco_mask.frPyObjects(checked, height, width)
     return decode_rle(coco_mask.merge(rles))
+
+
+def _points(part: Any) -> NDArray[np.float64]:
+    """Return a polygon's numbers in a row; NumPy would read a list of masks as one, too."""
+    try:
+        points = np.asarray(part, np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{_LIST}, got {type(part).__name__} in it") from error
+    if points.ndim != 1 and points.shape[1:] not in ((2,), (1, 2)):  # the latter are OpenCV's
+        raise TypeError(f"{_LIST}, got {type(part).__name__} of shape {list(points.shape)} in it")
+    return points.reshape(-1)

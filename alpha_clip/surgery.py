@@ -7,6 +7,8 @@ kernel at zero the tower still computes exactly what it computed before.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from jaxtyping import Float
@@ -34,69 +36,130 @@ class AlphaConv2d(nn.Conv2d):
         new.weight_alpha = nn.Parameter(torch.zeros_like(conv.weight[:, :1]))
         return new
 
-    def forward(self, rgba: Float[Tensor, "batch 4 height width"]) -> Tensor:
+    def forward(self, rgba: Float[Tensor, "batch channels height width"]) -> Tensor:
         """Convolve RGB and alpha with their own kernels and add the results.
 
         Args:
-            rgba: Normalised RGB, then normalised alpha.
+            rgba: Normalised RGB, then normalised alpha; within `sharing_rgb`, alpha alone.
 
         Raises:
             ValueError: If the input does not have four channels.
         """
+        shared = _SHARED.get() if rgba.shape[-3] == 1 else None
+        if shared is not None:
+            alpha: Tensor = self._conv_forward(rgba, self.weight_alpha, None)
+            return alpha.add_(shared.response(self))
         if rgba.shape[-3] != RGBA_CHANNELS:
             raise ValueError(
                 "an alpha tower takes 4 channels (RGB + alpha), got an input of shape "
                 f"{list(rgba.shape)}; build it with RegionTransform, or call "
                 "AlphaClip.encode_image, which looks at the whole image when alpha is missing"
             )
-        rgb: Tensor = self._conv_forward(rgba[..., :3, :, :], self.weight, self.bias)
-        alpha: Tensor = self._conv_forward(rgba[..., 3:, :, :], self.weight_alpha, None)
-        return rgb + alpha
+        response = self.respond_to_rgb(rgba[..., :3, :, :])
+        # In place: neither convolution needs its own output for the backward pass.
+        return response.add_(self._conv_forward(rgba[..., 3:, :, :], self.weight_alpha, None))
+
+    def respond_to_rgb(self, rgb: Float[Tensor, "batch 3 height width"]) -> Tensor:
+        """Convolve RGB alone: what the layer computed before the surgery."""
+        response: Tensor = self._conv_forward(rgb, self.weight, self.bias)
+        return response
 
     def alpha_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that the surgery added, so that nobody has to match names."""
         yield self.weight_alpha
 
 
+class SharedRgb:
+    """Images that many alphas share: each stem convolves them once.
+
+    Args:
+        rgb: Normalised images `[images, 3, height, width]`.
+    """
+
+    def __init__(self, rgb: Float[Tensor, "images 3 height width"]) -> None:
+        self.rgb = rgb
+        self.owner: Tensor | None = None
+        """Index into `rgb` for each alpha of the next pass; `None` where one image has them all."""
+        self._responses: dict[AlphaConv2d, Tensor] = {}
+
+    def response(self, stem: AlphaConv2d) -> Tensor:
+        """Return the stem's response to RGB for each alpha of this pass."""
+        if stem not in self._responses:
+            self._responses[stem] = stem.respond_to_rgb(self.rgb)
+        response = self._responses[stem]
+        return response if self.owner is None else response[self.owner]
+
+
+_SHARED: ContextVar[SharedRgb | None] = ContextVar("shared_rgb", default=None)
+
+
+@contextmanager
+def sharing_rgb(rgb: Float[Tensor, "images 3 height width"]) -> Iterator[SharedRgb]:
+    """Let alpha towers take alpha alone, `[regions, 1, height, width]`, for regions of `rgb`.
+
+    The first convolution of the images, and the copy of RGB into every region's input, are done
+    once instead of once a region. Other threads are not affected.
+    """
+    token = _SHARED.set(SharedRgb(rgb))
+    try:
+        shared = _SHARED.get()
+        assert shared is not None
+        yield shared
+    finally:
+        _SHARED.reset(token)
+
+
 def find_stems(visual: nn.Module) -> dict[str, nn.Conv2d]:
     """Find the convolutions that read the picture.
 
     Args:
-        visual: An open_clip image tower.
+        visual: An open_clip image tower, or a timm model.
 
     Returns:
-        Name in the tower -> convolution; most towers have one.
+        Name in the tower -> convolution; most towers have one, some MobileCLIPs two in parallel.
 
     Raises:
         ValueError: If the tower has no RGB convolution to extend, or has an alpha channel already.
     """
-    trunk = getattr(visual, "trunk", None)
-    names: str | tuple[str, ...] | list[str] = "conv1"
-    if trunk is not None:
-        first = trunk.pretrained_cfg.get("first_conv")
-        if not first:
-            raise ValueError(f"{type(trunk).__name__} does not say which layer reads the picture")
-        names = [f"trunk.{n}" for n in ([first] if isinstance(first, str) else first)]
+    layers = dict(visual.named_modules())
     stems: dict[str, nn.Conv2d] = {}
-    for name in [names] if isinstance(names, str) else names:
-        layer = dict(visual.named_modules()).get(name)
+    for name in _stem_names(visual):
+        layer, where = layers.get(name), f"{type(visual).__name__}.{name}"
         if isinstance(layer, AlphaConv2d):
-            raise ValueError(f"{type(visual).__name__}.{name} has an alpha channel already")
+            raise ValueError(f"{where} has an alpha channel already")
+        if layer is None and any(n.endswith("reparam_conv") for n in layers):
+            raise ValueError(
+                f"{where} is gone: the tower was reparameterised for inference, which merged its "
+                "first convolutions; add the alpha channel first, fold it, then reparameterise"
+            )
         # A subclass may pad or scale in its own way, which AlphaConv2d would not repeat.
         if type(layer) is not nn.Conv2d or layer.in_channels != 3 or layer.groups != 1:
             raise ValueError(
-                f"expected {type(visual).__name__}.{name} to be a Conv2d over 3 channels, got "
-                f"{layer}; an alpha channel can't be added to such a stem"
+                f"expected {where} to be a Conv2d over 3 channels, got {layer}; an alpha channel "
+                "can't be added to such a stem"
             )
         stems[name] = layer
     return stems
+
+
+def _stem_names(visual: nn.Module) -> list[str]:
+    """Ask the tower which layers read the picture: timm says it, open_clip's own call it conv1."""
+    trunk = getattr(visual, "trunk", visual)
+    facts = getattr(trunk, "pretrained_cfg", None)
+    if facts is None:
+        return ["conv1"]
+    first = facts.get("first_conv")
+    if not first:
+        raise ValueError(f"{type(trunk).__name__} does not say which layer reads the picture")
+    prefix = "" if trunk is visual else "trunk."
+    return [prefix + name for name in ([first] if isinstance(first, str) else first)]
 
 
 def add_alpha_channel(visual: nn.Module) -> nn.Module:
     """Give an image tower a fourth input channel, in place, without changing what it computes.
 
     Args:
-        visual: An open_clip image tower (`model.visual`).
+        visual: An open_clip image tower (`model.visual`), or a timm model.
 
     Returns:
         The same tower; it now takes `[batch, 4, height, width]`.

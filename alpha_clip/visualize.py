@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont
 
 from alpha_clip.regions import Box, RegionSample, decode_rle
 
 HIGHLIGHT = (255, 72, 66)
+# Magma at equal steps: brighter is more, in grey and to the colour-blind as well.
+HEAT = ("#000004", "#1c1044", "#4f127b", "#812581", "#b5367a", "#e55064", "#fb8761", "#fec287")
 
 
 def overlay_region(
@@ -37,6 +39,38 @@ def overlay_region(
     inner = np.asarray(Image.fromarray(mask).convert("L").filter(ImageFilter.MinFilter(line))) > 0
     shown[mask & ~inner] = colour
     return Image.fromarray(shown.round().astype(np.uint8))
+
+
+def attention_overlay(
+    image: Image.Image, attention: NDArray[np.floating[Any]], limit: float | None = None
+) -> Image.Image:
+    """Lay a heat map over a picture, which turns grey, so that colour means attention alone.
+
+    Args:
+        image: The picture as the tower saw it: `Normalisation.inverse` of its input, or the
+            original where the transform squashes.
+        attention: What the patches `[rows, columns]` receive, at least 0.
+        limit: Attention of the brightest colour; by default the map's own largest.
+
+    Returns:
+        An RGB image of the picture's size.
+
+    Raises:
+        ValueError: If the attention is no map of finite values from 0 up.
+    """
+    heat = np.asarray(attention, np.float32)
+    if heat.ndim != 2 or not heat.size or not (np.isfinite(heat) & (heat >= 0)).all():
+        raise ValueError(
+            "attention must be a map [rows, columns] of finite values from 0 up, got shape "
+            f"{list(heat.shape)}; take one image and one head, or the mean, of grid_attention"
+        )
+    heat = heat / (limit or float(heat.max()) or 1.0)
+    level = np.asarray(Image.fromarray(heat).resize(image.size, Image.Resampling.BILINEAR))
+    colours = np.array([ImageColor.getrgb(c) for c in HEAT], np.float32)
+    steps = np.linspace(0, 1, len(HEAT))
+    shown = np.stack([np.interp(level, steps, channel) for channel in colours.T], -1)
+    grey = np.asarray(image.convert("L"), np.float32)[..., None]
+    return Image.fromarray((0.6 * shown + 0.4 * grey).round().astype(np.uint8))
 
 
 @dataclass(frozen=True)
@@ -86,6 +120,38 @@ def contact_sheet(tiles: Sequence[Tile], columns: int = 6, tile_px: int = 180) -
         sheet.paste(picture, (x + (tile_px - shape[0]) // 2, y + (tile_px - shape[1]) // 2))
         draw.text((x, y + tile_px + 2), _wrap(tile.text, font, tile_px), fill="black", font=font)
     return sheet
+
+
+def attention_sheet(
+    rows: Sequence[tuple[Image.Image, NDArray[np.bool_], NDArray[np.floating[Any]]]],
+    heads: int = 4,
+    tile_px: int = 180,
+) -> Image.Image:
+    """Show where a tower looks: a row a region, its outline, the mean over heads, some heads.
+
+    The words say which share of a map falls inside the region, and which share of the image the
+    region is. Each map has its own scale.
+
+    Args:
+        rows: For each region, the picture as the tower saw it, the region `[H, W]` of that size,
+            and what the patches receive `[heads, rows, columns]`.
+        heads: How many heads to show, from the first.
+        tile_px: Side of a picture.
+
+    Raises:
+        ValueError: If there are no rows, or as `attention_overlay` does.
+    """
+    tiles: list[Tile] = []
+    heads = min([heads, *(len(attention) for _, _, attention in rows)])
+    for image, mask, attention in rows:
+        tiles.append(Tile(overlay_region(image, mask), f"region: {mask.mean():.0%} of the image"))
+        names = ["mean", *(f"head {i}" for i in range(heads))]
+        for name, heat in zip(names, [attention.mean(0), *attention[:heads]], strict=True):
+            size, box = (heat.shape[1], heat.shape[0]), Image.Resampling.BOX
+            cover = np.asarray(Image.fromarray(mask.astype(np.float32)).resize(size, box))
+            inside = (heat * cover).sum() / max(heat.sum(), 1e-12)
+            tiles.append(Tile(attention_overlay(image, heat), f"{name}: {inside:.0%} inside"))
+    return contact_sheet(tiles, columns=2 + heads, tile_px=tile_px)
 
 
 def _wrap(text: str, font: Any, width: int) -> str:

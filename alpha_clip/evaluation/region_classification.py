@@ -20,11 +20,10 @@ from tqdm import tqdm
 
 from alpha_clip.evaluation.base import Benchmark, Scores
 from alpha_clip.evaluation.focus_baselines import FOCUS, Focus
-from alpha_clip.factory import create_tokenizer
 from alpha_clip.model import AlphaClip
 from alpha_clip.reader import find_shards, read_samples
 from alpha_clip.regions import Box, RegionSample, decode_rle
-from alpha_clip.transforms import Geometry, RegionTransform
+from alpha_clip.transforms import RegionTransform, SharedGeometry
 
 SHUFFLED = "shuffled alpha"
 WRONG_OBJECT = "alpha of another object"
@@ -53,7 +52,7 @@ class RegionClassification(Benchmark):
         names: str | None = None,
         template: str = "{}",
         focus: list[str] | None = None,
-        geometry: Geometry = "squash",
+        geometry: SharedGeometry = "squash",
         batch_size: int = 64,
         max_images: int | None = None,
     ) -> None:
@@ -64,7 +63,7 @@ class RegionClassification(Benchmark):
         self.names, self.held_out = _read_names(names) if names else ([], [])
         self.template = template
         self.focus = focus or list(FOCUS)
-        self.geometry: Geometry = geometry
+        self.geometry: SharedGeometry = geometry
         self.batch_size = batch_size
         self.max_images = max_images
 
@@ -78,7 +77,7 @@ class RegionClassification(Benchmark):
         """
         names = self.names or sorted({r.text for s in self._samples() for r in s.regions})
         text = self._text_features(model, names)
-        transform = RegionTransform(model.image_size, model.normalisation, self.geometry)
+        transform = model.transform.replace(geometry=self.geometry)
         held_out = torch.tensor([name in self.held_out for name in names], device=text.device)
         hits: Counter[str] = Counter()
         counts: Counter[str] = Counter()
@@ -110,7 +109,7 @@ class RegionClassification(Benchmark):
         return islice((s for d in self.shards for s in read_samples(d, drops)), self.max_images)
 
     def _text_features(self, model: AlphaClip, names: list[str]) -> Tensor:
-        tokens = create_tokenizer(model)([self.template.format(name) for name in names])
+        tokens = model.tokenizer([self.template.format(name) for name in names])
         device = model.logit_scale.device
         return torch.cat(
             [model.encode_text(t.to(device), normalize=True) for t in tokens.split(256)]

@@ -62,7 +62,9 @@ def test_open_clip_reads_the_config_itself(saved: Path, model: AlphaClip) -> Non
 
 def test_its_own_normalisation_is_kept(tmp_path: Path, model: AlphaClip) -> None:
     own = Normalisation((0.5, 0.4, 0.3), (0.2, 0.1, 0.3), alpha_mean=0.1, alpha_std=0.9)
-    changed = AlphaClip(model.clip, "another-name", model.config, own)
+    changed = AlphaClip(
+        model.clip, "another-name", model.config, model.transform.replace(normalisation=own)
+    )
     alpha_clip.save_checkpoint(changed, tmp_path)
     loaded, transform, _ = alpha_clip.create_model(checkpoint=tmp_path)
     assert loaded.normalisation == transform.normalisation == own

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from alpha_clip.data import Collate, LoadedSample, RegionBatch, RegionDataModule, RegionShards
-from alpha_clip.factory import create_tokenizer
 from alpha_clip.model import AlphaClip
 from alpha_clip.reader import find_shards
 from alpha_clip.regions import RegionSample, decode_rle
@@ -164,7 +163,7 @@ def test_shards_without_a_sound_sample_stop_an_endless_stream(two_shards: Path) 
 
 
 def test_collate_stacks_and_tokenizes(model: AlphaClip, two_shards: Path) -> None:
-    tokenizer = create_tokenizer(model)
+    tokenizer = model.tokenizer
     samples = list(stream(two_shards, Sampling(2, 0.5)))
     batch = Collate(tokenizer)(samples)
     assert batch.rgb.shape == (6, 3, 16, 16)
@@ -175,7 +174,7 @@ def test_collate_stacks_and_tokenizes(model: AlphaClip, two_shards: Path) -> Non
 
 
 def test_a_batch_moves_whole(model: AlphaClip, two_shards: Path) -> None:
-    batch = Collate(create_tokenizer(model))(list(stream(two_shards, Sampling())))
+    batch = Collate(model.tokenizer)(list(stream(two_shards, Sampling())))
     moved = batch.to("meta")
     assert isinstance(moved, RegionBatch)
     assert {t.device.type for t in vars(moved).values()} == {"meta"}

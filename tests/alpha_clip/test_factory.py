@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 import alpha_clip
-from alpha_clip.factory import create_tokenizer
 from alpha_clip.model import AlphaClip
 
 
@@ -53,7 +52,7 @@ def test_the_models_config_is_its_own_copy(tiny_name: str) -> None:
 
 
 def test_the_tokenizer_fits_the_text_tower(model: AlphaClip) -> None:
-    tokens = create_tokenizer(model)(["a cat", " ".join(["very"] * 100) + " long"])
+    tokens = model.tokenizer(["a cat", " ".join(["very"] * 100) + " long"])
     length = model.config["text_cfg"]["context_length"]
     assert tokens.shape == (2, length)
     assert model.encode_text(tokens).isfinite().all()
@@ -72,14 +71,17 @@ def test_building_a_model_leaves_logging_as_it_was(
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "nothing": ({}, "name of an architecture or a checkpoint, got neither"),
+    "nothing": ({}, "name of an architecture or a checkpoint with both towers, got"),
     "unknown architecture": ({"name": "ViT-Z-99"}, "unknown architecture 'ViT-Z-99'; open_clip"),
     "unknown tag": (
         {"name": "ViT-B-32", "pretrained": "nobody"},
         "could not build 'ViT-B-32': .*nobody",
     ),
     "no such folder": ({"name": "local-dir:/no/such"}, "/no/such has no open_clip_config.json"),
-    "both weights": ({"pretrained": "openai", "checkpoint": "folder"}, "give one of the two"),
+    "both weights": (
+        {"pretrained": "openai", "checkpoint": "folder"},
+        "folder holds both towers; leave pretrained='openai' out",
+    ),
     "no such checkpoint": ({"checkpoint": "/no/such"}, "written by save_checkpoint"),
 }
 

@@ -97,12 +97,12 @@ def test_alphas_that_do_not_fit_are_refused(
 def test_region_alphas_that_do_not_fit_are_refused(
     model: AlphaClip, alphas: tuple[int, ...]
 ) -> None:
-    with pytest.raises(ValueError, match=r"shape \[batch, regions, 1, height, width\]"):
+    with pytest.raises(ValueError, match=r"alphas \[batch, regions, 1, height, width\]"):
         model.encode_regions(torch.zeros(2, 3, 8, 8), torch.zeros(alphas))
 
 
 def test_region_alphas_of_another_size_are_refused(model: AlphaClip) -> None:
-    with pytest.raises(ValueError, match="of one size"):
+    with pytest.raises(ValueError, match="of the same batch and size"):
         model.encode_regions(torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 1, 8, 9))
 
 
@@ -110,3 +110,91 @@ def test_parts_are_the_models_own(model: AlphaClip) -> None:
     assert model.visual is model.clip.visual
     assert model.logit_scale is model.clip.logit_scale
     assert model.image_size == model.config["vision_cfg"]["image_size"]
+
+
+def test_one_pass_of_rgb_and_no_more_than_a_chunk_at_a_time(model: AlphaClip) -> None:
+    """The memory is bounded by the chunk, whatever the number of regions."""
+    rgb, alphas = inputs(model, batch=1, regions=10)
+    seen: list[torch.Size] = []
+    hook = model.visual.conv1.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    try:
+        model.encode_regions(rgb, alphas, chunk=4)
+    finally:
+        hook.remove()
+    size = model.image_size
+    assert seen == [(4, 1, size, size), (4, 1, size, size), (2, 1, size, size)]
+
+
+def test_regions_of_a_folded_tower(tiny_name: str) -> None:
+    model = alpha_clip.create_model(tiny_name)[0].requires_grad_(False)
+    torch.nn.init.normal_(model.visual.conv1.weight_alpha, std=0.02)
+    rgb, alphas = inputs(model)
+    expected = model.encode_regions(rgb, alphas)
+    alpha_clip.fold_alpha(model.visual)
+    torch.testing.assert_close(model.encode_regions(rgb, alphas), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("regions", "chunk"), [(0, 64), (3, 0), (3, -1)])
+def test_no_regions_and_no_chunk_are_refused(model: AlphaClip, regions: int, chunk: int) -> None:
+    rgb, alphas = inputs(model, regions=3)
+    with pytest.raises(ValueError, match="at least one region and a chunk of at least 1"):
+        model.encode_regions(rgb, alphas[:, :regions], chunk=chunk)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused(model: AlphaClip, bad: float) -> None:
+    rgb, alphas = inputs(model)
+    broken = alphas.clone()
+    broken[0, 1, 0, 3, 4] = bad
+    with pytest.raises(ValueError, match="holds NaN or infinity; build it with RegionTransform"):
+        model.encode_image(rgb, broken[:, 1])
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        model.encode_regions(rgb, broken)
+    model.encode_image(rgb, broken[:, 0])
+
+
+def test_classify_names_regions(tiny: tuple[Any, Any, Any]) -> None:
+    model, transform, tokenizer = tiny
+    image = Image.effect_noise((80, 60), 90).convert("RGB")
+    regions = [alpha_clip.Box(5, 5, 40, 40), None]
+    labels = ["cat", "dog", "a red thing"]
+    names = model.classify(image, regions, labels, template="one {}")
+    assert names.shape == (2, 3)
+    torch.testing.assert_close(names.sum(1), torch.ones(2))
+    rgba = torch.stack([transform(image, region) for region in regions])
+    logits, _ = model(rgba, tokenizer(["one cat", "one dog", "one a red thing"]))
+    torch.testing.assert_close(names, logits.softmax(-1), rtol=1e-4, atol=1e-6)
+
+
+def test_classify_by_windows(tiny_name: str) -> None:
+    model, transform, _ = alpha_clip.create_model(tiny_name, geometry="crop_box")
+    image = Image.effect_noise((80, 60), 90).convert("RGB")
+    regions = [alpha_clip.Box(5, 5, 20, 20), alpha_clip.Box(50, 30, 70, 50)]
+    names = model.classify(image, regions, ["cat", "dog"])
+    rgba = torch.stack([transform(image, region) for region in regions])
+    tokens = model.tokenizer(["a photo of a cat.", "a photo of a dog."])
+    with torch.no_grad():
+        torch.testing.assert_close(names, model(rgba, tokens)[0].softmax(-1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "arguments", [([], ["cat"]), ([None], []), ([None], ["cat"], "a photo of a cat")]
+)
+def test_nothing_to_classify_is_refused(model: AlphaClip, arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(ValueError, match="at least one region, one label and a template with"):
+        model.classify(Image.new("RGB", (9, 9)), *arguments)
+
+
+def test_a_siglip_adds_its_bias(tiny_name: str) -> None:
+    model = alpha_clip.create_model(tiny_name)[0]
+    rgb, _ = inputs(model)
+    tokens = model.tokenizer(["cat", "dog"])
+    before, _ = model(rgb, tokens)
+    model.clip.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
+    torch.testing.assert_close(model(rgb, tokens)[0], before - 10)
+
+
+def test_the_rest_of_the_clip_is_there(model: AlphaClip) -> None:
+    assert model.token_embedding is model.clip.token_embedding
+    with pytest.raises(AttributeError, match="surprise"):
+        _ = model.surprise

@@ -8,7 +8,6 @@ import torch
 
 import alpha_clip
 from alpha_clip.data import RegionBatch, RegionDataModule
-from alpha_clip.factory import create_tokenizer
 from alpha_clip.module import AlphaClipModule, EncoderConfig, TrainableConfig
 from alpha_clip.optim import OptimConfig, create_optimizer
 from alpha_clip.sampling import Sampling
@@ -116,7 +115,7 @@ def test_regions_of_one_picture_are_learned_apart(tiny_name: str) -> None:
     size = model.image_size
     alphas = torch.full((1, 2, 1, size, size), -0.5 / 0.26)
     alphas[0, 0, ..., : size // 2] = alphas[0, 1, ..., size // 2 :] = 0.5 / 0.26
-    tokens = create_tokenizer(model)(["a red thing", "a blue thing"])[None]
+    tokens = model.tokenizer(["a red thing", "a blue thing"])[None]
     whole = torch.zeros(1, 2, dtype=torch.bool)
     batch = RegionBatch(torch.randn(1, 3, size, size), alphas, tokens, whole)
     losses, told_apart = [], []

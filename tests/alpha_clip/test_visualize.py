@@ -9,6 +9,8 @@ from alpha_clip.regions import RegionSample, decode_rle
 from alpha_clip.visualize import (
     HIGHLIGHT,
     Tile,
+    attention_overlay,
+    attention_sheet,
     contact_sheet,
     overlay_region,
     plot_bars,
@@ -38,6 +40,67 @@ def test_overlay_takes_any_image_and_leaves_it(mode: str) -> None:
     assert (shown.mode, shown.size) == ("RGB", (9, 7))
     assert shown.getpixel((0, 0)) == (1, 2, 3)
     assert image.tobytes() == before
+
+
+def test_attention_is_brightest_where_it_is_largest() -> None:
+    heat = np.linspace(0, 1, 4 * 6).reshape(4, 6)
+    shown = attention_overlay(Image.new("RGB", (120, 80), (90, 10, 200)), heat)
+    assert (shown.mode, shown.size) == ("RGB", (120, 80))
+    grey = np.asarray(shown.convert("L"), int)[10::20, 10::20]  # middles of the patches
+    assert (np.diff(grey.ravel()) > 0).all()
+    assert (np.diff(grey, axis=1) > 0).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_colour_means_attention_alone(mode: str) -> None:
+    image = Image.new(mode, (30, 20))
+    before = image.tobytes()
+    flat = attention_overlay(image, np.full((2, 3), 0.25, np.float32))
+    assert len(flat.getcolors()) == 1
+    assert flat == attention_overlay(image, np.full((4, 6), 7.0))
+    assert attention_overlay(image, np.zeros((2, 3))).getpixel((5, 5)) < flat.getpixel((5, 5))
+    assert image.tobytes() == before
+
+
+def test_attention_can_share_a_scale() -> None:
+    image, heat = Image.new("RGB", (20, 20)), np.array([[0.1, 0.2], [0.3, 0.4]])
+    assert attention_overlay(image, heat, 0.4) == attention_overlay(image, heat)
+    assert attention_overlay(image, heat, 0.8) == attention_overlay(image, heat / 2, 0.4)
+    beyond = attention_overlay(image, heat * 100, 0.4)
+    assert beyond.getpixel((10, 10)) == attention_overlay(image, heat).getpixel((19, 19))
+
+
+@pytest.mark.parametrize(
+    "heat", [np.ones((2, 3, 3)), np.ones(9), np.ones((0, 4)), [[np.nan]], [[np.inf]], [[-0.1]]]
+)
+def test_what_is_no_map_of_attention_is_refused(heat: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"map \[rows, columns\] of finite values"):
+        attention_overlay(Image.new("RGB", (9, 9)), np.asarray(heat))
+
+
+def test_attention_sheet_has_a_row_for_each_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles: list[Tile] = []
+
+    def keep(given: list[Tile], **settings: int) -> Image.Image:
+        tiles.extend(given)
+        return contact_sheet(given, **settings)
+
+    monkeypatch.setattr("alpha_clip.visualize.contact_sheet", keep)
+    mask = np.zeros((40, 40), bool)
+    mask[:20, :20] = True  # the first of 2 x 2 patches
+    heads = np.array([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [1.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]])
+    image = Image.new("RGB", (40, 40), "teal")
+    sheet = attention_sheet([(image, mask, heads), (image, ~mask, heads)], heads=2, tile_px=40)
+    assert [t.text for t in tiles[:4]] == [
+        "region: 25% of the image",
+        "mean: 33% inside",
+        "head 0: 100% inside",
+        "head 1: 0% inside",
+    ]
+    assert [t.text for t in tiles[4:]][2:] == ["head 0: 0% inside", "head 1: 100% inside"]
+    assert sheet.size == (8 + 4 * 48, 8 + 2 * 82)
+    with pytest.raises(ValueError, match="at least one tile"):
+        attention_sheet([])
 
 
 def test_a_tile_for_each_region(make_sample: Callable[..., RegionSample]) -> None:

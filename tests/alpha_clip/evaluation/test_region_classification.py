@@ -14,7 +14,6 @@ from alpha_clip.evaluation.region_classification import (
     RegionClassification,
     RegionViews,
 )
-from alpha_clip.factory import create_tokenizer
 from alpha_clip.model import AlphaClip
 from alpha_clip.reader import find_shards, read_samples
 from alpha_clip.regions import Box, RegionSample, decode_rle
@@ -40,7 +39,7 @@ def by_hand(
     model: AlphaClip, folder: Path, names: list[str], template: str, way: str
 ) -> list[tuple[str, bool]]:
     """Each region's name and whether it was found, one region at a time."""
-    tokenizer = create_tokenizer(model)
+    tokenizer = model.tokenizer
     text = [model.encode_text(tokenizer([template.format(n)]), normalize=True)[0] for n in names]
     transform = RegionTransform(model.image_size, model.normalisation, "squash")
     found = []
@@ -99,13 +98,12 @@ def test_held_out_names_are_scored_apart(
 class Oracle:
     """Answers with the colour under alpha: what a perfect model would."""
 
-    image_size = 32
     normalisation: Any
     logit_scale = torch.zeros(())
 
     def __init__(self, model: AlphaClip) -> None:
-        self.normalisation = model.normalisation
-        self.config, self.name = model.config, model.name
+        self.normalisation, self.transform = model.normalisation, model.transform
+        self.tokenizer = model.tokenizer
 
     def encode_image(self, rgba: torch.Tensor, normalize: bool) -> torch.Tensor:
         pictures = torch.stack([self.normalisation.inverse(p) for p in rgba])

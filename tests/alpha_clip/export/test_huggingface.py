@@ -13,7 +13,7 @@ import alpha_clip
 from alpha_clip.export.base import fresh_directory
 from alpha_clip.export.huggingface import compare, convert_state_dict, export
 from alpha_clip.model import AlphaClip
-from alpha_clip.transforms import Normalisation, RegionTransform
+from alpha_clip.transforms import RegionTransform
 
 transformers = pytest.importorskip("transformers")
 
@@ -28,7 +28,9 @@ def build(vision: dict[str, Any], name: str = "small", **more: Any) -> AlphaClip
     for name_, parameter in clip.visual.named_parameters():
         if name_.endswith(("weight_alpha", "bias")):  # what is zero would not be compared
             nn.init.normal_(parameter, std=0.1)
-    return AlphaClip(clip, name, {"vision_cfg": vision, "text_cfg": TEXT}, Normalisation())
+    return AlphaClip(
+        clip, name, {"vision_cfg": vision, "text_cfg": TEXT}, RegionTransform(vision["image_size"])
+    )
 
 
 @pytest.fixture(scope="module")
