@@ -18,57 +18,87 @@ from alpha_clip.transforms import Geometry, Normalisation, RegionTransform
 
 Precision = Literal["fp32", "fp16", "bf16"]
 LOCAL = "local-dir:"
+_PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 _GEOMETRIES: dict[str, Geometry] = {"shortest": "center_crop", "longest": "pad", "squash": "squash"}
 
 
 def build_by_name(
     name: str,
-    tag: str | None,
     precision: Precision,
     quick_gelu: bool = False,
     image_size: int | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> AlphaClip:
-    """Build from open_clip: the plain CLIP, then its fourth channel.
+    """Build from open_clip with random weights: the plain CLIP, then its fourth channel.
 
     Args:
         name: An open_clip architecture, or `local-dir:FOLDER` with an `open_clip_config.json`.
-        tag: open_clip's name for pretrained weights; random ones without.
         precision: Type of the weights.
         quick_gelu: Whether to use OpenAI's activation, whatever the name says.
-        image_size: Side of the input in pixels. A timm tower without a tag keeps its own, because
-            its weights have to be loaded first; see `resize_input`.
+        image_size: Side of the input in pixels. A timm tower keeps its own, because its weights
+            have to be loaded first; see `resize_input`.
+        facts: What open_clip knows of the weights that will be loaded; see `fetch_tag`.
 
     Raises:
-        ValueError: If there is no such architecture or tag, or the tower can't take an alpha.
+        ValueError: If there is no such architecture, or the tower can't take an alpha.
     """
     import open_clip
 
-    if tag is not None and name.startswith(LOCAL):  # open_clip would ignore it
-        raise ValueError(f"{name} takes no pretrained tag; name an architecture of open_clip")
     config = config_of(name)
-    facts = open_clip.get_pretrained_cfg(name, tag) if tag else {}
-    if quick_gelu or facts.get("quick_gelu"):
-        # OpenAI's weights need it, whatever the architecture's name says.
+    if quick_gelu:
         config["quick_gelu"] = True
-    if image_size is not None and not is_timm(config):
-        config["vision_cfg"]["image_size"] = image_size
+    size = None if is_timm(config) else image_size
+    if size is not None:
+        config["vision_cfg"]["image_size"] = size
+    facts = facts or _usual_preprocessing(name)
     with _quiet():
         try:
             clip = open_clip.create_model(
                 name,
-                tag,
-                load_weights=tag is not None,
+                load_weights=False,
                 precision=precision,
                 force_quick_gelu=config.get("quick_gelu", False),
-                force_image_size=image_size if tag or not is_timm(config) else None,
-                force_preprocess_cfg=None if tag else _usual_preprocessing(name),
+                force_image_size=size,
+                force_preprocess_cfg={k: facts[k] for k in _PREPROCESSING if facts.get(k)},
                 pretrained_text=False,
             )
         except RuntimeError as error:
             raise ValueError(f"open_clip could not build {name!r}: {error}") from error
     add_alpha_channel(clip.visual)
     short = Path(name.removeprefix(LOCAL)).name
-    return AlphaClip(clip, short, config, _transform_of(clip.visual), tag)
+    return AlphaClip(clip, short, config, _transform_of(clip.visual))
+
+
+def fetch_tag(name: str, tag: str) -> tuple[Path, dict[str, Any]]:
+    """Fetch the weights that open_clip lists for an architecture.
+
+    Args:
+        name: An open_clip architecture.
+        tag: One of `open_clip.list_pretrained_tags_by_model(name)`.
+
+    Returns:
+        The file in the local cache, and what open_clip knows of it: normalisation, resizing,
+        activation.
+
+    Raises:
+        ValueError: If there is no such tag, or it can't be fetched.
+    """
+    import open_clip
+
+    config_of(name)
+    facts = open_clip.get_pretrained_cfg(name, tag)
+    if not facts:
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise ValueError(
+            f"{tag!r} is neither a file nor a tag of {name}; open_clip's tags for it: {known}"
+        )
+    try:
+        return Path(open_clip.download_pretrained(facts)), dict(facts)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"the weights {tag!r} of {name} could not be fetched ({error}); fetch them by other "
+            "means and pass the path of the file"
+        ) from error
 
 
 def build_from_config(
@@ -78,7 +108,7 @@ def build_from_config(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / CONFIG_FILE
         file.write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-        model = build_by_name(f"{LOCAL}{folder}", None, precision, image_size=image_size)
+        model = build_by_name(f"{LOCAL}{folder}", precision, image_size=image_size)
     model.name = name
     return model
 
@@ -114,7 +144,7 @@ def config_of(name: str) -> dict[str, Any]:
     return deepcopy(dict(config))
 
 
-def _usual_preprocessing(name: str) -> dict[str, Any] | None:
+def _usual_preprocessing(name: str) -> dict[str, Any]:
     """Return what all of an architecture's published weights expect, if they agree.
 
     SigLIP's mean is not OpenAI's, and a file of weights does not say so.
@@ -122,12 +152,9 @@ def _usual_preprocessing(name: str) -> dict[str, Any] | None:
     import open_clip
 
     tags = open_clip.list_pretrained_tags_by_model(name)
-    keys = ("mean", "std", "interpolation", "resize_mode")
-    facts = [
-        {k: v for k in keys if (v := open_clip.get_pretrained_cfg(name, tag).get(k))}
-        for tag in tags
-    ]
-    return facts[0] if facts and all(f == facts[0] for f in facts) else None
+    known = [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
+    facts = [{k: v for k in _PREPROCESSING if (v := cfg.get(k))} for cfg in known]
+    return facts[0] if facts and all(f == facts[0] for f in facts) else {}
 
 
 def _transform_of(visual: Any) -> RegionTransform:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from alpha_clip.architectures import (
+    LOCAL,
     Precision,
     build_by_name,
     build_from_config,
     config_of,
+    fetch_tag,
     is_timm,
     resize_input,
 )
@@ -24,6 +26,8 @@ from alpha_clip.model import AlphaClip
 from alpha_clip.text import Tokenizer
 from alpha_clip.transforms import Geometry, RegionTransform
 from alpha_clip.weights import Weights, read_weights_file
+
+_POSITION_IDS = "text.transformer.embeddings.position_ids"
 
 
 def create_model(
@@ -58,14 +62,17 @@ def create_model(
     Raises:
         ValueError: If there is no such architecture, tag or file, or the weights do not fit.
     """
+    if name is not None and not name.startswith(LOCAL):
+        name = name.replace("/", "-")  # OpenAI's spelling
     if checkpoint is not None and (folder := _own_folder(Path(checkpoint))):
         if pretrained is not None:
             raise ValueError(f"{folder} holds both towers; leave pretrained={pretrained!r} out")
         model = _load_own(folder, name, precision, image_size)
     else:
-        tag, base = _tag_or_file(pretrained)
+        base, facts = _read_base(name, pretrained)
         alpha = None if checkpoint is None else read_weights_file(checkpoint)
-        model = create_from_weights(name, tag, base, alpha, precision, image_size)
+        model = create_from_weights(name, base, alpha, precision, image_size, facts)
+        model.base = None if pretrained is None else Path(pretrained).name
     if geometry is not None:
         model.transform = model.transform.replace(geometry=geometry)
     return model.to(device).eval(), model.transform, model.tokenizer
@@ -73,30 +80,32 @@ def create_model(
 
 def create_from_weights(
     name: str | None,
-    tag: str | None = None,
     base: Weights | None = None,
     alpha: Weights | None = None,
     precision: Precision = "fp32",
     image_size: int | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> AlphaClip:
     """Build a model from weights that were read already; see `create_model`.
 
     Args:
         name: Architecture, or `None` to infer it from weights in OpenAI's layout.
-        tag: open_clip's name for the base weights.
-        base: Base weights, where they come from a file.
+        base: Weights of both towers.
         alpha: Weights with alpha, of the image tower alone or of both.
         precision: Type of the weights.
         image_size: Side of the input in pixels, or the architecture's own.
+        facts: What open_clip knows of the base weights; see `fetch_tag`.
 
     Raises:
         ValueError: If the parts do not go together.
     """
-    _check_roles(name, tag, base, alpha)
+    _check_roles(name, base, alpha)
     whole = alpha if alpha and not alpha.visual_only else base
+    # OpenAI's weights need it, whatever the architecture's name says.
     quick_gelu = any(w.quick_gelu for w in (base, alpha) if w)
+    quick_gelu = quick_gelu or bool(facts and facts.get("quick_gelu"))
     if name is not None:
-        model = build_by_name(name, tag, precision, quick_gelu, image_size)
+        model = build_by_name(name, precision, quick_gelu, image_size, facts)
     elif whole is not None:
         config = infer_config(whole.state, whole.origin)
         model = build_from_config("custom", config, precision, image_size)
@@ -106,17 +115,16 @@ def create_from_weights(
         )
     for weights in (base, alpha):
         if weights is not None:
-            _load(model, weights, resize=image_size is not None)
+            # What open_clip lists for an architecture belongs to it, whatever size it has.
+            _load(model, weights, resize=image_size is not None or facts is not None)
     if base is not None:
         model.base = Path(base.origin).name
-    if image_size is not None and image_size != model.image_size:  # timm, from a file
+    if image_size is not None and image_size != model.image_size:  # timm
         resize_input(model, image_size)
     return model
 
 
-def _check_roles(
-    name: str | None, tag: str | None, base: Weights | None, alpha: Weights | None
-) -> None:
+def _check_roles(name: str | None, base: Weights | None, alpha: Weights | None) -> None:
     if base is not None and base.visual_only:
         raise ValueError(
             f"{base.origin} is a published Alpha-CLIP image tower; pass it as checkpoint, and the "
@@ -124,9 +132,9 @@ def _check_roles(
         )
     if alpha is not None and not alpha.has_alpha:
         raise ValueError(f"{alpha.origin} is a CLIP without alpha; pass it as pretrained")
-    if alpha is not None and not alpha.visual_only and (tag or base):
+    if alpha is not None and not alpha.visual_only and base:
         raise ValueError(f"{alpha.origin} holds both towers; leave pretrained out")
-    if alpha is not None and alpha.visual_only and not (tag or base):
+    if alpha is not None and alpha.visual_only and not base:
         if name is None:
             raise ValueError(
                 f"{alpha.origin} holds an image tower alone; give the CLIP it belongs to, such as "
@@ -204,20 +212,32 @@ def _as_open_clip_loads(clip: Any, state: dict[str, Tensor], resize: bool) -> di
         if scalar in state and getattr(clip, scalar, None) is not None:
             if state[scalar].numel() == 1:
                 state[scalar] = state[scalar].reshape(getattr(clip, scalar).shape)
-    state.pop("text.transformer.embeddings.position_ids", None)  # older transformers saved it
+    bias = getattr(clip, "logit_bias", None)
+    if bias is not None and "logit_scale" in state:  # a CLIP to be trained as SigLIP is
+        state.setdefault("logit_bias", torch.zeros_like(bias))
+    if _POSITION_IDS not in clip.state_dict():  # older transformers saved them
+        state.pop(_POSITION_IDS, None)
     if resize:
         resize_pos_embed(state, clip)
     return state
 
 
-def _tag_or_file(pretrained: str | os.PathLike[str] | None) -> tuple[str | None, Weights | None]:
+def _read_base(
+    name: str | None, pretrained: str | os.PathLike[str] | None
+) -> tuple[Weights | None, dict[str, Any] | None]:
+    """Read the weights that a tag or a path means, with what open_clip knows of a tag."""
     if pretrained is None:
         return None, None
     if Path(pretrained).is_file():
-        return None, read_weights_file(pretrained)
-    if isinstance(pretrained, str) and not Path(pretrained).suffix:
-        return pretrained, None
-    raise ValueError(f"there is no file {pretrained}; expected weights or one of open_clip's tags")
+        return read_weights_file(pretrained), None
+    if not isinstance(pretrained, str) or Path(pretrained).suffix:
+        raise ValueError(
+            f"there is no file {pretrained}; expected weights or one of open_clip's tags"
+        )
+    if name is None:
+        raise ValueError(f"name the architecture that the weights {pretrained!r} belong to")
+    file, facts = fetch_tag(name, pretrained)
+    return read_weights_file(file, trusted=True), facts
 
 
 def _own_folder(checkpoint: Path) -> Path | None:

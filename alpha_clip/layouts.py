@@ -79,8 +79,8 @@ def to_published(visual: nn.Module) -> dict[str, Tensor]:
         or any(key.startswith("attn_pool.") for key in state)
     ):
         raise ValueError(
-            "the published layout holds OpenAI's ViT or ModifiedResNet with an alpha channel, got "
-            f"a {type(visual).__name__} without; use save_checkpoint"
+            "the published layout holds OpenAI's ViT or ModifiedResNet with an alpha channel kept "
+            f"apart, not this {type(visual).__name__}; use save_checkpoint"
         )
     return {
         key.replace(f"conv1{OWN_ALPHA}", PUBLISHED_ALPHA).replace(

@@ -86,7 +86,7 @@ def load(
     base = read_weights_file(*_find(name, download_root))
     alpha = None if no_alpha else read_weights_file(alpha_vision_ckpt_pth)  # type: ignore[arg-type]
     precision: Precision = "fp32" if device.type == "cpu" else "fp16"
-    model = create_from_weights(None, None, base, alpha, precision)
+    model = create_from_weights(None, base, alpha, precision)
     model.name = name
     _speak_published(model)
     if alpha is None:

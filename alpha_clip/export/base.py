@@ -6,7 +6,21 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export found when it loaded its own result.
+
+    Attributes:
+        directory: The export.
+        max_difference: Largest difference of any feature between the export and our model.
+    """
+
+    directory: str
+    max_difference: float
 
 
 @contextmanager

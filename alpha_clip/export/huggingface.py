@@ -7,29 +7,15 @@ patch embedding over four channels, and open_clip's packed attention weights are
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alpha_clip.export.base import fresh_directory
+from alpha_clip.export.base import ExportReport, fresh_directory
 from alpha_clip.model import AlphaClip
 from alpha_clip.surgery import AlphaConv2d
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What an export found when it loaded its own result.
-
-    Attributes:
-        directory: The export.
-        max_difference: Largest difference of any feature between the export and our model.
-    """
-
-    directory: str
-    max_difference: float
 
 
 def export(
