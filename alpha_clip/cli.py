@@ -93,18 +93,27 @@ def _call(command: str, arguments: list[str]) -> None:
     auto_cli(function, args=arguments, as_positional=False, prog=f"alpha-clip {command}")
 
 
-def evaluate(checkpoint: str, benchmark: Benchmark, output: str, device: str = "cpu") -> None:
+def evaluate(
+    checkpoint: str,
+    benchmark: Benchmark,
+    output: str,
+    name: str | None = None,
+    pretrained: str | None = None,
+    device: str = "cpu",
+) -> None:
     """Run a benchmark on a model and write its figures.
 
     Args:
-        checkpoint: A folder written by training or by save_checkpoint.
+        checkpoint: A folder written by training or by save_checkpoint, or published weights.
         benchmark: What to run, by class_path.
         output: JSON file for the figures.
+        name: Architecture, where the checkpoint does not say it.
+        pretrained: The CLIP that published weights belong to: a tag or a file.
         device: Where to run it.
     """
     import torch
 
-    model, _, _ = create_model(checkpoint=checkpoint, device=device)
+    model, _, _ = create_model(name, pretrained, checkpoint, device=device)
     with torch.inference_mode():
         scores = benchmark.run(model)
     file = Path(output)
@@ -118,14 +127,21 @@ def evaluate(checkpoint: str, benchmark: Benchmark, output: str, device: str = "
 
 
 def export(
-    checkpoint: str, output: str, format: str = "huggingface", overwrite: bool = False
+    checkpoint: str,
+    output: str,
+    format: str = "huggingface",
+    name: str | None = None,
+    pretrained: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write a model as a drop-in backbone, load it again and compare.
 
     Args:
-        checkpoint: A folder written by training or by save_checkpoint.
+        checkpoint: A folder written by training or by save_checkpoint, or published weights.
         output: Folder to write; it appears whole or not at all.
         format: The target: a module of alpha_clip.export, such as huggingface.
+        name: Architecture, where the checkpoint does not say it.
+        pretrained: The CLIP that published weights belong to: a tag or a file.
         overwrite: Whether to replace a folder that is there.
     """
     from importlib import import_module
@@ -136,6 +152,6 @@ def export(
     known = sorted(m.name for m in iter_modules(targets.__path__) if m.name != "base")
     if format not in known:
         raise ValueError(f"unknown format {format!r}; expected one of {', '.join(known)}")
-    model, _, _ = create_model(checkpoint=checkpoint)
+    model, _, _ = create_model(name, pretrained, checkpoint)
     report = import_module(f"alpha_clip.export.{format}").export(model, output, overwrite)
     sys.stdout.write(f"{report.directory}: largest difference {report.max_difference:.1e}\n")

@@ -44,7 +44,7 @@ def create_model(
     Args:
         name: An open_clip architecture (`open_clip.list_models()`), or `local-dir:FOLDER` with an
             `open_clip_config.json`. May be left out where the weights say it: a folder of ours, or
-            both towers in OpenAI's layout.
+            both towers in OpenAI's layout, which are then taken for OpenAI's (QuickGELU).
         pretrained: Weights of the CLIP to start from: an open_clip tag, a file (OpenAI's archives
             and state dicts, open_clip's), or `None`.
         checkpoint: Weights with alpha: a folder written by `save_checkpoint`, or a file of the

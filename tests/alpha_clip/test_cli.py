@@ -3,9 +3,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from open_clip.model import CLIP
 
 import alpha_clip
 from alpha_clip.cli import main
+from alpha_clip.layouts import to_published
 from alpha_clip.model import AlphaClip
 
 
@@ -86,6 +89,24 @@ def test_export_writes_a_backbone(
     assert run(*arguments) == 2
     assert "is not empty; pass --overwrite true" in capsys.readouterr().err
     assert run(*arguments, "--overwrite", "true") == 0
+
+
+def test_published_weights_are_exported_with_the_clip_they_belong_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 1}
+    text = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1}
+    clip = CLIP(32, vision, text, quick_gelu=True)
+    torch.save(clip.state_dict(), tmp_path / "base.pt")
+    torch.save(to_published(alpha_clip.add_alpha_channel(clip.visual)), tmp_path / "alpha.pth")
+    files = ["--pretrained", str(tmp_path / "base.pt"), "--checkpoint", str(tmp_path / "alpha.pth")]
+    assert run("export", *files, "--output", str(tmp_path / "tower")) == 0
+    assert (tmp_path / "tower" / "model.safetensors").is_file()
+    assert "largest difference" in capsys.readouterr().out
+    again = ["--format", "published", "--output", str(tmp_path / "published")]
+    assert run("export", *files, *again) == 0
+    assert (tmp_path / "published" / "alpha_visual.pth").is_file()
 
 
 @pytest.mark.parametrize("target", ["base", "tensorflow", "../cli", ""])
