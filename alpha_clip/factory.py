@@ -127,8 +127,8 @@ def create_from_weights(
 def _check_roles(name: str | None, base: Weights | None, alpha: Weights | None) -> None:
     if base is not None and base.visual_only:
         raise ValueError(
-            f"{base.origin} is a published Alpha-CLIP image tower; pass it as checkpoint, and the "
-            "CLIP it belongs to as pretrained"
+            f"{base.origin} holds an image tower alone; pass it as checkpoint, and the CLIP it "
+            "belongs to as pretrained"
         )
     if alpha is not None and not alpha.has_alpha:
         raise ValueError(f"{alpha.origin} is a CLIP without alpha; pass it as pretrained")

@@ -24,6 +24,7 @@ from torchvision.transforms import InterpolationMode
 from alpha_clip.architectures import Precision
 from alpha_clip.attention import encode_with_attention
 from alpha_clip.factory import create_from_weights
+from alpha_clip.geometry import resize
 from alpha_clip.layouts import from_published
 from alpha_clip.model import AlphaClip, join_alpha
 from alpha_clip.regions import Region, region_to_alpha
@@ -170,22 +171,23 @@ class Preprocess(T.Compose):  # type: ignore[misc]
             TypeError, ValueError: If the region does not fit the image.
             ValueError: If `transforms` moves pixels in a way that can't be repeated for alpha.
         """
-        pixels: Tensor = super().__call__(image)
         if region is None:
+            pixels: Tensor = super().__call__(image)
             return pixels
-        alpha = Image.fromarray(region_to_alpha(region, image.height, image.width))
+        alpha = torch.from_numpy(region_to_alpha(region, image.height, image.width))[None]
+        moved: Any = image
         for step in self.transforms:
+            moved = step(moved)
             if isinstance(step, T.Resize):
-                step = T.Resize(step.size, InterpolationMode.BILINEAR, step.max_size)
-            elif step is _to_rgb or isinstance(step, T.ToTensor | T.Normalize):
-                continue
-            elif not isinstance(step, T.CenterCrop):
+                alpha = resize(alpha, T.functional.get_dimensions(moved)[-2:])
+            elif isinstance(step, T.CenterCrop):
+                alpha = step(alpha)
+            elif step is not _to_rgb and not isinstance(step, T.ToTensor | T.Normalize):
                 raise ValueError(
-                    f"expected Resize and CenterCrop before ToTensor, got {step}, which can't be "
-                    "repeated for alpha; use RegionTransform"
+                    "expected no steps but Resize, CenterCrop, ToTensor and Normalize, got "
+                    f"{step}, which can't be repeated for alpha; use RegionTransform"
                 )
-            alpha = step(alpha)
-        return pixels, self.normalisation.alpha(T.functional.pil_to_tensor(alpha))
+        return moved, self.normalisation.alpha(alpha)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

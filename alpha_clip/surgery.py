@@ -100,10 +100,9 @@ def sharing_rgb(rgb: Float[Tensor, "images 3 height width"]) -> Iterator[SharedR
     The first convolution of the images, and the copy of RGB into every region's input, are done
     once instead of once a region. Other threads are not affected.
     """
-    token = _SHARED.set(SharedRgb(rgb))
+    shared = SharedRgb(rgb)
+    token = _SHARED.set(shared)
     try:
-        shared = _SHARED.get()
-        assert shared is not None
         yield shared
     finally:
         _SHARED.reset(token)

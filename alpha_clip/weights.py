@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -26,6 +27,12 @@ from alpha_clip.surgery import RGBA_CHANNELS
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DDP; torch.compile
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+# Whatever torch's readers trip over in a file that is damaged.
+_DAMAGED = (
+    *(SafetensorError, zipfile.BadZipFile, struct.error, RuntimeError, EOFError, OSError),
+    *(LookupError, AssertionError, ValueError, TypeError, AttributeError, ArithmeticError),
+    MemoryError,
+)
 
 
 @dataclass(frozen=True)
@@ -66,10 +73,9 @@ def read_weights_file(file: str | os.PathLike[str], trusted: bool = False) -> We
     state = _unwrap(state, path)
     extras = [state.pop(key) for key in _OPENAI_EXTRAS if key in state]
     state = merge_lora(state, str(path))
-    visual_only = PUBLISHED_ALPHA in state
-    if visual_only:
+    if PUBLISHED_ALPHA in state:
         state = {f"visual.{key}": value for key, value in state.items()}
-    elif not any(key.startswith(("visual.", "image_encoder.")) for key in state):
+    if not any(key.startswith(("visual.", "image_encoder.")) for key in state):
         raise ValueError(
             f"{path} holds {len(state)} tensors ({_brief(state)}), but neither a published "
             f"Alpha-CLIP tower ({PUBLISHED_ALPHA}) nor a CLIP (visual.*)"
@@ -79,7 +85,7 @@ def read_weights_file(file: str | os.PathLike[str], trusted: bool = False) -> We
         state = from_published(state)
     return Weights(
         state=state,
-        visual_only=visual_only,
+        visual_only=all(key.startswith("visual.") for key in state),
         has_alpha=any(_is_alpha(key, value) for key, value in state.items()),
         quick_gelu=published or archive or bool(extras),
         origin=str(path),
@@ -113,7 +119,7 @@ def _read(path: Path, trusted: bool) -> tuple[dict[str, Any], bool]:
             f"checkpoint (it begins with {head[:16]!r}); refused, because unpickling it could run "
             "code. Ask for a state dict or safetensors, or compare its size with the original"
         ) from error
-    except (SafetensorError, zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
+    except _DAMAGED as error:
         raise ValueError(
             f"{path} is damaged or cut short ({type(error).__name__} {str(error)[:200]}); compare "
             "its size with the original and fetch it again"
@@ -140,7 +146,7 @@ def _read_torchscript(path: Path, trusted: bool) -> dict[str, Any]:
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     """Take off what training scripts put around a state dict."""
-    while isinstance(content, dict) and not any(isinstance(v, Tensor) for v in content.values()):
+    while isinstance(content, dict):
         inner = next((content[k] for k in _WRAPPERS if isinstance(content.get(k), dict)), None)
         if inner is None:
             break

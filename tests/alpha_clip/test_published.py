@@ -217,6 +217,14 @@ def test_a_region_stays_with_its_pixels(files: tuple[str, str], size: tuple[int,
     assert float(alpha.max()) == pytest.approx((1 - 0.5) / 0.26, abs=1e-5)
 
 
+def test_a_region_of_one_pixel_stays_visible(files: tuple[str, str]) -> None:
+    _, preprocess = alpha_clip.load(files[0], device="cpu")
+    mask = np.zeros((900, 700), bool)
+    mask[450, 350] = True
+    _, alpha = preprocess(photo(700, 900), mask)
+    assert float(alpha.max()) == pytest.approx((1 - 0.5) / 0.26, abs=1e-5)
+
+
 def test_a_step_that_alpha_cannot_repeat_is_refused(files: tuple[str, str]) -> None:
     _, preprocess = alpha_clip.load(files[0], device="cpu")
     preprocess.transforms.insert(0, transforms.RandomCrop(60))

@@ -1,4 +1,5 @@
 import pickle
+import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,8 @@ WRAPPERS: dict[str, Callable[[State], Any]] = {
     "module.": lambda s: {f"module.{k}": v for k, v in s.items()},
     "_orig_mod.module.": lambda s: {f"_orig_mod.module.{k}": v for k, v in s.items()},
     "both": lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
+    "beside a tensor": lambda s: {"step": torch.tensor(3), "state_dict": s},
+    "visual.": lambda s: {f"visual.{k}": v for k, v in s.items()},
 }
 
 
@@ -231,7 +234,7 @@ def test_roles_are_checked(clip: CLIP, published: State, tmp_path: Path) -> None
     torch.save(clip.state_dict(), base)
     torch.save(published, alpha)
     for arguments, message in (
-        ({"pretrained": alpha}, "image tower; pass it as checkpoint"),
+        ({"pretrained": alpha}, "image tower alone; pass it as checkpoint"),
         ({"checkpoint": base}, "a CLIP without alpha; pass it as pretrained"),
         ({"checkpoint": alpha}, "holds an image tower alone; give the CLIP"),
     ):
@@ -275,6 +278,29 @@ def test_cut_files_are_refused(kind: str, keep: float, tmp_path: Path) -> None:
     file.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
     with pytest.raises(ValueError, match=r"damaged or cut short|refused, because unpickling"):
         read_weights_file(file)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "noise"])
+@pytest.mark.filterwarnings("ignore")
+def test_no_damage_raises_anything_else(kind: str, tmp_path: Path) -> None:
+    """Bytes cut off and changed at random: read as something, or refused with a ValueError."""
+    rng, file = random.Random(0), tmp_path / "damaged.pt"
+    state = {"conv1_alpha.weight": torch.randn(8, 1, 4, 4), "conv1.weight": torch.randn(8, 3, 4, 4)}
+    torch.save(state, file, _use_new_zipfile_serialization=kind == "zip")
+    whole = file.read_bytes() if kind != "noise" else rng.randbytes(150)
+    refused = 0
+    for _ in range(250):
+        data = bytearray(whole if kind != "noise" else rng.randbytes(150))
+        if rng.random() < 0.4:
+            del data[rng.randrange(len(data)) :]
+        for _ in range(rng.randint(0, 6) if data else 0):
+            data[rng.randrange(min(len(data), 900))] = rng.randrange(256)
+        file.write_bytes(data)
+        try:
+            read_weights_file(file)
+        except ValueError:
+            refused += 1
+    assert refused > 100
 
 
 STRANGE: dict[str, tuple[Any, str]] = {
