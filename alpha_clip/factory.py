@@ -244,7 +244,8 @@ def _own_folder(checkpoint: Path) -> Path | None:
     """Return the folder of ours that a path means, if it means one."""
     if checkpoint.name == WEIGHTS_FILE and (checkpoint.parent / CONFIG_FILE).is_file():
         return checkpoint.parent
-    return None if checkpoint.is_file() else checkpoint
+    is_file = checkpoint.is_file() or (checkpoint.suffix and not checkpoint.exists())
+    return None if is_file else checkpoint
 
 
 def _layout(config: dict[str, Any]) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class AlphaClip(nn.Module):
         """
         joined = join_alpha(rgba, alpha, self.normalisation.whole_image)
         _check_finite(joined)
-        features: Tensor = self.visual(joined.to(self.dtype))
+        features = self._run(joined)
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_regions(
@@ -162,9 +162,22 @@ class AlphaClip(nn.Module):
             with sharing_rgb(rgb.to(self.dtype)) as shared:
                 for image, alpha in chunks:
                     shared.owner = image if batch > 1 else None
-                    parts.append(self.visual(alpha.to(self.dtype)))
+                    parts.append(self._run(alpha))
         features: Tensor = torch.cat(parts).unflatten(0, (batch, regions))
         return F.normalize(features, dim=-1) if normalize else features
+
+    def _run(self, inputs: Tensor) -> Tensor:
+        try:
+            features: Tensor = self.visual(inputs.to(self.dtype))
+        except (RuntimeError, AssertionError) as error:
+            if inputs.shape[-2:] == (self.image_size, self.image_size):
+                raise
+            raise ValueError(
+                f"{self.name} takes images of {self.image_size} x {self.image_size} px, got "
+                f"{list(inputs.shape[-2:])} ({error}); use its transform, or build it with "
+                "create_model(..., image_size=...)"
+            ) from error
+        return features
 
     def encode_text(
         self, tokens: Int[Tensor, "batch context"], normalize: bool = False

@@ -114,8 +114,8 @@ def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = 
         length = len(tokenizer.encode(text)) + 2  # the start and the end
         if length > context_length:
             raise ValueError(
-                f"{text!r} has {length} tokens, more than the context of {context_length}; shorten "
-                "it, or pass truncate=True"
+                f"{text[:40]!r}... has {length} tokens, more than the context of {context_length}; "
+                "shorten it, or pass truncate=True"
             )
     ids: Tensor = tokenizer(texts)
     return ids.int()

@@ -144,6 +144,10 @@ def find_stems(visual: nn.Module) -> dict[str, nn.Conv2d]:
 def _stem_names(visual: nn.Module) -> list[str]:
     """Ask the tower which layers read the picture: timm says it, open_clip's own call it conv1."""
     trunk = getattr(visual, "trunk", visual)
+    if isinstance(getattr(visual, "visual", None), nn.Module):
+        raise ValueError(
+            f"expected an image tower, got a whole {type(visual).__name__}; pass .visual"
+        )
     facts = getattr(trunk, "pretrained_cfg", None)
     if facts is None:
         return ["conv1"]

@@ -9,6 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from alpha_clip.model import AlphaClip
+
 
 @dataclass(frozen=True)
 class ExportReport:
@@ -21,6 +27,19 @@ class ExportReport:
 
     directory: str
     max_difference: float
+
+
+def probe(model: AlphaClip) -> Float[Tensor, "4 4 size size"]:
+    """Return random images with random regions, to compare an export with its model."""
+    generator = torch.Generator().manual_seed(0)
+    rgba = torch.randn(4, 4, model.image_size, model.image_size, generator=generator)
+    rgba[:, 3:] = torch.where(rgba[:, 3:] > 0, 1, -1) * model.normalisation.whole_image
+    return rgba
+
+
+def largest_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest difference of any feature, relative to the largest feature."""
+    return float((ours.float() - theirs.float()).abs().max() / ours.float().abs().max())
 
 
 @contextmanager

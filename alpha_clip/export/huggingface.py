@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alpha_clip.export.base import ExportReport, fresh_directory
+from alpha_clip.export.base import ExportReport, fresh_directory, largest_difference, probe
 from alpha_clip.model import AlphaClip
 from alpha_clip.surgery import AlphaConv2d
 
@@ -66,12 +66,8 @@ def compare(model: AlphaClip, directory: str | Path) -> float:
     from transformers import CLIPVisionModelWithProjection
 
     twin = CLIPVisionModelWithProjection.from_pretrained(directory).eval()
-    generator = torch.Generator().manual_seed(0)
-    rgba = torch.randn(4, 4, model.image_size, model.image_size, generator=generator)
-    rgba[:, 3:] = torch.where(rgba[:, 3:] > 0, 1, -1) * model.normalisation.whole_image
-    ours = model.encode_image(rgba).float()
-    theirs = twin(pixel_values=rgba).image_embeds
-    return float((ours - theirs).abs().max() / ours.abs().max())
+    rgba = probe(model)
+    return largest_difference(model.encode_image(rgba), twin(pixel_values=rgba).image_embeds)
 
 
 def convert_state_dict(visual: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alpha_clip.export.base import ExportReport, fresh_directory
+from alpha_clip.export.base import ExportReport, fresh_directory, largest_difference, probe
 from alpha_clip.factory import create_from_weights
 from alpha_clip.layouts import OWN_ALPHA, to_published
 from alpha_clip.model import AlphaClip
@@ -65,17 +65,12 @@ def compare(model: AlphaClip, directory: str | Path) -> float:
     folder = Path(directory)
     base, alpha = (read_weights_file(folder / name) for name in (BASE_FILE, ALPHA_FILE))
     twin = create_from_weights(None, base, alpha).eval()
-    generator = torch.Generator().manual_seed(0)
-    rgba = torch.randn(4, 4, model.image_size, model.image_size, generator=generator)
-    rgba[:, 3:] = torch.where(rgba[:, 3:] > 0, 1, -1) * model.normalisation.whole_image
+    rgba, generator = probe(model), torch.Generator().manual_seed(0)
     vocabulary, context = model.config["text_cfg"]["vocab_size"], twin.context_length
     tokens = torch.randint(1, vocabulary, (4, context), generator=generator)
-    pairs = [
-        (model.encode_image(rgba), twin.encode_image(rgba)),
-        (model.encode_text(tokens), twin.encode_text(tokens)),
-    ]
     return max(
-        float((ours.float() - theirs).abs().max() / ours.abs().max()) for ours, theirs in pairs
+        largest_difference(model.encode_image(rgba), twin.encode_image(rgba)),
+        largest_difference(model.encode_text(tokens), twin.encode_text(tokens)),
     )
 
 

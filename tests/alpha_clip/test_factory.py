@@ -83,6 +83,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "folder holds both towers; leave pretrained='openai' out",
     ),
     "no such checkpoint": ({"checkpoint": "/no/such"}, "written by save_checkpoint"),
+    "no such file": ({"checkpoint": "/no/such.pth"}, "there is no file /no/such.pth; expected"),
 }
 
 

@@ -198,3 +198,22 @@ def test_the_rest_of_the_clip_is_there(model: AlphaClip) -> None:
     assert model.token_embedding is model.clip.token_embedding
     with pytest.raises(AttributeError, match="surprise"):
         _ = model.surprise
+
+
+@pytest.mark.parametrize("size", [(24, 24), (48, 64)])
+def test_another_size_is_refused(model: AlphaClip, size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=rf"of 48 x 48 px, got \[{size[0]}, {size[1]}\]"):
+        model.encode_image(torch.zeros(1, 4, *size))
+    with pytest.raises(ValueError, match="takes images of 48 x 48 px"):
+        model.encode_regions(torch.zeros(1, 3, *size), torch.zeros(1, 2, 1, *size))
+
+
+def test_errors_of_the_tower_itself_are_not_hidden(
+    model: AlphaClip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(rgba: torch.Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model.visual, "forward", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.encode_image(torch.zeros(1, 4, model.image_size, model.image_size))

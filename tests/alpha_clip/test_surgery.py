@@ -196,3 +196,10 @@ def test_nothing_is_changed_when_one_of_several_stems_is_refused() -> None:
 def test_folding_without_alpha_is_refused() -> None:
     with pytest.raises(ValueError, match="VisionTransformer has no alpha channel"):
         fold_alpha(build(TOWERS["ViT"]))
+
+
+def test_a_whole_clip_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"expected an image tower, got a whole CLIP; pass \.visual"
+    ):
+        add_alpha_channel(CLIP(32, TOWERS["ViT"], TEXT))
