@@ -102,8 +102,8 @@ def _read(path: Path, trusted: bool) -> tuple[dict[str, Any], bool]:
     """Return what a file holds, and whether it is a TorchScript archive."""
     if not path.is_file():
         raise ValueError(
-            f"there is no file {path}; expected weights (.pt, .pth, .safetensors, ...), or a folder "
-            "written by save_checkpoint"
+            f"there is no file {path}; expected weights (.pt, .pth, .safetensors, ...), or a "
+            "folder written by save_checkpoint"
         )
     with path.open("rb") as stream:
         head = stream.read(64)
