@@ -22,6 +22,7 @@ from data_pipeline.sources.base import Source
 from data_pipeline.sources.grit import GritSource
 from data_pipeline.sources.scene_drawing import SceneConfig
 from data_pipeline.sources.scenes import write_scenes
+from data_pipeline.verification import verify_shards
 
 
 @dataclass
@@ -121,10 +122,37 @@ class InspectJob:
         return 0
 
 
-JOBS: dict[str, type[ScenesJob] | type[GritJob] | type[InspectJob]] = {
+@dataclass
+class VerifyJob:
+    """Read finished shards again: digests, every sample and mask, and counts in = out + rejected.
+
+    Attributes:
+        input: Folder of finished shards.
+        workers: Processes.
+    """
+
+    input: str
+    workers: int = 2
+
+    def run(self) -> int:
+        """Print the numbers and what is wrong; returns 1 if anything is."""
+        found = verify_shards(Path(self.input), self.workers)
+        for name, value in asdict(found).items():
+            if not isinstance(value, list):
+                print(f"{name:<16} {value}")  # noqa: T201
+        for name in found.unfinished:
+            print(f"unfinished       {name}")  # noqa: T201
+        for problem in found.problems:
+            sys.stderr.write(f"alpha-clip-data verify: {problem}\n")
+        print("sound" if not found.problems else f"{len(found.problems)} problems")  # noqa: T201
+        return 1 if found.problems else 0
+
+
+JOBS: dict[str, type[ScenesJob] | type[GritJob] | type[InspectJob] | type[VerifyJob]] = {
     "scenes": ScenesJob,
     "grit": GritJob,
     "inspect": InspectJob,
+    "verify": VerifyJob,
 }
 
 

@@ -64,7 +64,7 @@ def test_commands_are_accepted(line, monkeypatch, capsys):
 def test_every_command_of_the_package_is_in_the_table():
     for command in ("demo", "fit", "eval", "export"):
         assert f"`alpha-clip {command}`" in TEXT
-    for command in ("scenes", "grit", "inspect"):
+    for command in ("scenes", "grit", "inspect", "verify"):
         assert f"`alpha-clip-data {command}`" in TEXT
 
 
