@@ -88,7 +88,7 @@ def load(
     alpha = None if no_alpha else read_weights_file(alpha_vision_ckpt_pth)  # type: ignore[arg-type]
     precision: Precision = "fp32" if device.type == "cpu" else "fp16"
     model = create_from_weights(None, base, alpha, precision)
-    model.name = name
+    model.name = _open_clip_name(name) if name in _MODELS else model.name
     _speak_published(model)
     if alpha is None:
         convert_weights_to_lp(model.visual, torch.float16)
@@ -121,10 +121,14 @@ def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = 
     return ids.int()
 
 
+def _open_clip_name(name: str) -> str:
+    return name.replace("/", "-").replace("@336px", "-336")
+
+
 def _find(name: str, download_root: str | None) -> tuple[str, bool]:
     """Return the file of a model, and whether its content was verified."""
     if name in _MODELS:
-        url = get_pretrained_url(name.replace("/", "-").replace("@336px", "-336"), "openai")
+        url = get_pretrained_url(_open_clip_name(name), "openai")
         try:
             return download_pretrained_from_url(url, download_root), True
         except OSError as error:

@@ -295,7 +295,8 @@ def test_names_are_fetched_and_verified_by_open_clip(
 
     monkeypatch.setattr("alpha_clip.published.download_pretrained_from_url", fetch)
     for name in alpha_clip.available_models():
-        alpha_clip.load(name, device="cpu", download_root=str(tmp_path))
+        model, _ = alpha_clip.load(name, device="cpu", download_root=str(tmp_path))
+        assert open_clip.get_model_config(model.name) is not None
     assert [name for name, _ in asked] == [
         "RN50.pt", "RN101.pt", "RN50x4.pt", "RN50x16.pt", "RN50x64.pt",
         "ViT-B-32.pt", "ViT-B-16.pt", "ViT-L-14.pt", "ViT-L-14-336px.pt",
