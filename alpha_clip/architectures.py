@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alpha_clip.checkpoint import CONFIG_FILE
+from alpha_clip.geometry import Geometry
 from alpha_clip.model import AlphaClip
 from alpha_clip.surgery import add_alpha_channel
-from alpha_clip.transforms import Geometry, Normalisation, RegionTransform
+from alpha_clip.transforms import Normalisation, RegionTransform
 
 Precision = Literal["fp32", "fp16", "bf16"]
 LOCAL = "local-dir:"
@@ -159,12 +160,14 @@ def _usual_preprocessing(name: str) -> dict[str, Any]:
 
 def _transform_of(visual: Any) -> RegionTransform:
     facts = visual.preprocess_cfg
-    size = facts["size"]
+    size, mode = facts["size"], facts["resize_mode"]
+    if mode not in _GEOMETRIES:
+        raise ValueError(f"resize_mode must be one of {', '.join(_GEOMETRIES)}, got {mode!r}")
     normalisation = Normalisation(tuple(facts["mean"]), tuple(facts["std"]))
     return RegionTransform(
         int(size[0] if isinstance(size, tuple | list) else size),
         normalisation,
-        _GEOMETRIES[facts["resize_mode"]],
+        _GEOMETRIES[mode],
         interpolation=facts["interpolation"],
     )
 

@@ -18,12 +18,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from alpha_clip.geometry import SharedGeometry
 from alpha_clip.model import AlphaClip
 from alpha_clip.reader import Shard, find_shards, read_samples
 from alpha_clip.regions import Region, RegionSample, SampleError
 from alpha_clip.sampling import Sampling
 from alpha_clip.text import Tokenizer
-from alpha_clip.transforms import RegionAugment, RegionTransform, SharedGeometry
+from alpha_clip.transforms import RegionAugment, RegionTransform
 
 log = logging.getLogger(__name__)
 

@@ -21,10 +21,11 @@ from alpha_clip.architectures import (
     resize_input,
 )
 from alpha_clip.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_config, read_weights
+from alpha_clip.geometry import Geometry
 from alpha_clip.layouts import OWN_ALPHA, infer_config
 from alpha_clip.model import AlphaClip
 from alpha_clip.text import Tokenizer
-from alpha_clip.transforms import Geometry, RegionTransform
+from alpha_clip.transforms import RegionTransform
 from alpha_clip.weights import Weights, read_weights_file
 
 _POSITION_IDS = "text.transformer.embeddings.position_ids"

@@ -201,10 +201,7 @@ class AlphaClip(nn.Module):
         alpha: Float[Tensor, "images 1 height width"] | None = None,
     ) -> tuple[Float[Tensor, "images texts"], Float[Tensor, "texts images"]]:
         """Return the scaled cosine similarities per image and, transposed, per text."""
-        features = self.encode_image(image, alpha, normalize=True)
-        logits = self.logit_scale.exp() * features @ self.encode_text(text, normalize=True).T
-        if getattr(self.clip, "logit_bias", None) is not None:  # SigLIP
-            logits = logits + self.clip.get_parameter("logit_bias")
+        logits = self._compare(self.encode_image(image, alpha, normalize=True), text)
         return logits, logits.T
 
     @torch.inference_mode()
@@ -242,8 +239,13 @@ class AlphaClip(nn.Module):
             rgb, alphas = (part.to(device) for part in self.transform.many(image, regions))
             features = self.encode_regions(rgb[None], alphas[None], normalize=True)[0]
         tokens = self.tokenizer([template.format(label) for label in labels]).to(device)
-        logits = self.logit_scale.exp() * features @ self.encode_text(tokens, normalize=True).T
-        return logits.float().softmax(-1)
+        return self._compare(features, tokens).float().softmax(-1)
+
+    def _compare(self, features: Tensor, text: Tensor) -> Tensor:
+        logits = self.logit_scale.exp() * features @ self.encode_text(text, normalize=True).T
+        if getattr(self.clip, "logit_bias", None) is not None:  # SigLIP
+            logits = logits + self.clip.get_parameter("logit_bias")
+        return logits
 
 
 def join_alpha(rgba: Tensor, alpha: Tensor | None, whole_image: float) -> Tensor:

@@ -98,12 +98,17 @@ def encode_text(clip: Any, tokens: Int[Tensor, "texts context"]) -> Float[Tensor
     return _encode_cut(tower, tokens, end, min(length + -length % _MULTIPLE, tokens.shape[1]))
 
 
+def _pool(tower: Any) -> str | None:
+    """Return how a tower pools; a CLIP without a tower apart calls it by another name."""
+    pool: str | None = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+    return pool
+
+
 def _is_causal(tower: Any) -> bool:
-    pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
     return (
         getattr(tower, "attn_mask", None) is not None
         and hasattr(tower, "token_embedding")
-        and pool in ("argmax", "eos")
+        and _pool(tower) in ("argmax", "eos")
         and getattr(tower, "cls_emb", None) is None
         and not getattr(tower, "use_pad_mask", False)
     )
@@ -111,8 +116,7 @@ def _is_causal(tower: Any) -> bool:
 
 def _ends(tower: Any, tokens: Tensor) -> Tensor:
     """Return where each text ends: the largest id in OpenAI's vocabulary, else the named one."""
-    pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
-    if pool == "argmax":
+    if _pool(tower) == "argmax":
         return tokens.argmax(dim=-1)
     eos: Any = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
     return tokens.eq(eos).int().argmax(dim=-1)

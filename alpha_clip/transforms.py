@@ -21,26 +21,13 @@ from torchvision.transforms.v2 import functional as F
 from alpha_clip.geometry import (
     Geometry,
     Interpolation,
-    SharedGeometry,
     cut_window,
     make_square,
-    pad_to_square,
     resize,
     window_around,
 )
 from alpha_clip.pictures import Picture, split_batch, split_channels
 from alpha_clip.regions import Region
-
-__all__ = [
-    "Geometry",
-    "Normalisation",
-    "Picture",
-    "RegionAugment",
-    "RegionTransform",
-    "SharedGeometry",
-    "pad_to_square",
-    "split_channels",
-]
 
 ALPHA_MEAN = 0.5  # what published weights expect: (alpha - 0.5) / 0.26
 ALPHA_STD = 0.26

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from alpha_clip.evaluation.base import Benchmark, Scores
 from alpha_clip.evaluation.focus_baselines import FOCUS, Focus
+from alpha_clip.geometry import SharedGeometry
 from alpha_clip.model import AlphaClip
 from alpha_clip.reader import find_shards, read_samples
 from alpha_clip.regions import Box, RegionSample, decode_rle
-from alpha_clip.transforms import RegionTransform, SharedGeometry
+from alpha_clip.transforms import RegionTransform
 
 SHUFFLED = "shuffled alpha"
 WRONG_OBJECT = "alpha of another object"

@@ -71,6 +71,30 @@ def test_its_own_normalisation_is_kept(tmp_path: Path, model: AlphaClip) -> None
     assert loaded.name == "another-name"
 
 
+def test_how_its_pictures_are_prepared_is_kept(tmp_path: Path, model: AlphaClip) -> None:
+    transform = model.transform.replace(geometry="crop_box", scale=2.0, interpolation="bilinear")
+    changed = AlphaClip(model.clip, model.name, model.config, transform, base="laion2b")
+    alpha_clip.save_checkpoint(changed, tmp_path)
+    loaded = alpha_clip.load_checkpoint(tmp_path)
+    assert repr(loaded.transform) == repr(transform)
+    assert loaded.base == "laion2b"
+    assert alpha_clip.create_model(checkpoint=tmp_path, geometry="pad")[1].geometry == "pad"
+
+
+def test_a_folder_of_the_first_days_is_read(copied: Path, model: AlphaClip) -> None:
+    """Geometry, interpolation and base were not written then."""
+    file = copied / CONFIG_FILE
+    record = json.loads(file.read_text())
+    for key in ("interpolation", "resize_mode"):
+        del record["preprocess_cfg"][key]
+    for key in ("geometry", "scale", "base"):
+        del record["alpha_clip"][key]
+    file.write_text(json.dumps(record))
+    loaded = alpha_clip.load_checkpoint(copied)
+    assert loaded.transform.geometry == "center_crop"
+    assert loaded.base is None
+
+
 def test_saving_again_replaces_it(copied: Path, model: AlphaClip) -> None:
     (copied / WEIGHTS_FILE).write_bytes(b"old")
     alpha_clip.save_checkpoint(model, copied)

@@ -44,6 +44,15 @@ def test_normalisation_comes_from_the_config(tiny_name: str, tmp_path: Path) -> 
     assert model.normalisation.alpha_std == 0.26
 
 
+def test_an_unknown_way_of_resizing_is_refused(tiny_name: str, tmp_path: Path) -> None:
+    file = Path(tiny_name.removeprefix("local-dir:")) / "open_clip_config.json"
+    record = json.loads(file.read_text())
+    record["preprocess_cfg"] = {"resize_mode": "stretch"}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"one of shortest, .* got 'stretch'"):
+        alpha_clip.create_model(f"local-dir:{tmp_path}")
+
+
 def test_the_models_config_is_its_own_copy(tiny_name: str) -> None:
     first = alpha_clip.create_model(tiny_name)[0]
     first.config["text_cfg"]["context_length"] = 3

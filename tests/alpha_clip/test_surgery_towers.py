@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from open_clip.model import CLIP, _build_vision_tower
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -71,6 +72,9 @@ def test_every_architecture(name: str) -> None:
     assert all(visual.get_submodule(stem).weight.shape[1] == 4 for stem in stems)
 
 
+@pytest.mark.skipif(
+    Version(open_clip.__version__) < Version("3.3"), reason="open_clip 3.3 has 144 architectures"
+)
 def test_there_are_as_many_architectures_as_documented() -> None:
     assert len(open_clip.list_models()) >= 144
 
@@ -78,6 +82,8 @@ def test_there_are_as_many_architectures_as_documented() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_real_tower_of_each_family(name: str) -> None:
+    if name not in open_clip.list_models():
+        pytest.skip(f"open_clip {open_clip.__version__} has no {name}")
     visual = build(name)
     size = size_of(visual)
     rgba = torch.randn(1, 4, size, size)

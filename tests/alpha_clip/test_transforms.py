@@ -7,13 +7,13 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
+from alpha_clip.geometry import pad_to_square
+from alpha_clip.pictures import split_channels
 from alpha_clip.regions import Box, encode_rle
 from alpha_clip.transforms import (
     Normalisation,
     RegionAugment,
     RegionTransform,
-    pad_to_square,
-    split_channels,
 )
 
 GEOMETRIES = ["center_crop", "pad", "squash"]  # that share one picture among regions
