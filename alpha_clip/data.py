@@ -2,163 +2,49 @@
 
 from __future__ import annotations
 
-import io
 import logging
-from collections import Counter
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
+from alpha_clip.batches import Collate
+from alpha_clip.datasets import RegionShards
+from alpha_clip.drops import Drops
 from alpha_clip.geometry import SharedGeometry
 from alpha_clip.model import AlphaClip
-from alpha_clip.reader import Shard, find_shards, read_samples
-from alpha_clip.regions import Region, RegionSample, SampleError
+from alpha_clip.reader import find_shards
 from alpha_clip.sampling import Sampling
-from alpha_clip.text import Tokenizer
+from alpha_clip.streams import ShardSet
 from alpha_clip.transforms import RegionAugment, RegionTransform
 
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class RegionBatch:
-    """A batch of images, each with the same number of regions.
+@dataclass(frozen=True)
+class DataSet:
+    """A data set to read.
 
     Attributes:
-        rgb: Normalised images.
-        alphas: Normalised alphas of their regions.
-        tokens: Tokens of the regions' phrases.
-        whole: Which regions are the whole image, with its caption.
+        path: Folder of finished shards.
+        weight: How often a training sample comes from it, relative to the other data sets.
+        originals: Of masks that lie beside the pictures (sidecars): folder or URL where the
+            original tars are now, if they have moved since the masks were made.
     """
 
-    rgb: Float[Tensor, "batch 3 height width"]
-    alphas: Float[Tensor, "batch regions 1 height width"]
-    tokens: Int[Tensor, "batch regions context"]
-    whole: Bool[Tensor, "batch regions"]
+    path: str
+    weight: float = 1.0
+    originals: str | None = None
 
-    def to(self, *args: Any, **kwargs: Any) -> RegionBatch:
-        """Return the batch on another device; Lightning calls it."""
-        return RegionBatch(
-            self.rgb.to(*args, **kwargs),
-            self.alphas.to(*args, **kwargs),
-            self.tokens.to(*args, **kwargs),
-            self.whole.to(*args, **kwargs),
-        )
-
-
-@dataclass(frozen=True)
-class LoadedSample:
-    """One image with the regions drawn of it, before it is batched; see `RegionBatch`."""
-
-    rgb: Float[Tensor, "3 height width"]
-    alphas: Float[Tensor, "regions 1 height width"]
-    texts: list[str]
-    whole: list[bool]
-
-
-class RegionShards(IterableDataset[LoadedSample]):
-    """Streams the samples of the shards that fall to this process and worker.
-
-    Args:
-        shards: All shards; each is read by one worker of one process.
-        transform: Turns an image and regions into tensors.
-        sampling: What to take of an image.
-        seed: Order and choice are a function of it, the epoch and the worker.
-        shuffle: Samples held back to draw from; 0 keeps the order and stops after one pass.
-        every_region: Yield each region in a row of its own instead of drawing some.
-        rank: This process's number.
-        world: Number of processes.
-    """
-
-    def __init__(
-        self,
-        shards: list[Shard],
-        transform: RegionTransform | RegionAugment,
-        sampling: Sampling,
-        seed: int,
-        shuffle: int,
-        every_region: bool = False,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.shards = shards
-        self.transform = transform
-        self.sampling = sampling
-        self.seed = seed
-        self.shuffle = shuffle
-        self.every_region = every_region
-        self.rank = rank
-        self.world = world
-
-    def __iter__(self) -> Iterator[LoadedSample]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        mine = self.shards[self.rank * workers + worker :: self.world * workers]
-        rng = np.random.default_rng([self.seed, self.rank, worker])
-        torch.manual_seed(int(rng.integers(2**31)))  # what RegionAugment draws from
-        drops: Counter[str] = Counter()
-        patience = self.shuffle + sum(shard.samples for shard in mine)
-        in_vain = 0
-        for sample in self._shuffled(mine, rng, drops):
-            try:
-                loaded = self._load(sample, rng)
-            except (SampleError, OSError) as error:
-                drops[error.reason if isinstance(error, SampleError) else "corrupt_image"] += 1
-                log.warning("%s: %s", sample.key, error)
-                in_vain += 1
-                if self.shuffle and in_vain > patience:
-                    raise RuntimeError(
-                        f"no usable sample in {len(mine)} shards; dropped: {dict(drops)}"
-                    ) from error
-                continue
-            in_vain = 0
-            yield from loaded
-
-    def _load(self, sample: RegionSample, rng: np.random.Generator) -> list[LoadedSample]:
-        """Decode an image once, for the regions drawn of it or, in order, for each of them."""
-        every = self.every_region
-        chosen = self.sampling.every(sample) if every else self.sampling.draw(sample, rng)
-        image = Image.open(io.BytesIO(sample.jpeg))
-        masks: list[Region] = [None if r is None else r.rle for r, _ in chosen]
-        rgb, alphas = self.transform.many(image, masks)
-        texts, whole = [text for _, text in chosen], [mask is None for mask in masks]
-        if not every:
-            return [LoadedSample(rgb, alphas, texts, whole)]
-        alone = (slice(i, i + 1) for i in range(len(chosen)))
-        return [LoadedSample(rgb, alphas[i], texts[i], whole[i]) for i in alone]
-
-    def _shuffled(
-        self, shards: list[Shard], rng: np.random.Generator, drops: Counter[str]
-    ) -> Iterator[RegionSample]:
-        if not self.shuffle:
-            for shard in shards:
-                yield from read_samples(shard, drops)
-            return
-        held: list[RegionSample] = []
-        for _ in count() if shards else ():
-            found = 0
-            for i in rng.permutation(len(shards)):
-                for sample in read_samples(shards[int(i)], drops):
-                    found += 1
-                    if len(held) < self.shuffle:
-                        held.append(sample)
-                        continue
-                    j = int(rng.integers(len(held)))
-                    sample, held[j] = held[j], sample
-                    yield sample
-            if not found:
-                raise RuntimeError(
-                    f"no sound sample in {len(shards)} shards; dropped: {dict(drops)}"
-                )
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(
+                f"the weight of {self.path} must be above 0, got {self.weight}; leave the data "
+                "set out if nothing is to come from it"
+            )
 
 
 class RegionDataModule(L.LightningDataModule):
@@ -167,8 +53,8 @@ class RegionDataModule(L.LightningDataModule):
     Size, normalisation and tokenizer are the model's own; nothing is said twice.
 
     Args:
-        train: Folders of finished shards to train on.
-        val: Folders to validate on; none is none.
+        train: Data sets to train on: folders of finished shards, or `DataSet`s with weights.
+        val: Data sets to validate on; none is none, and weights do not matter.
         batch_size: Images a batch and process.
         sampling: What of an image goes into a training batch.
         augment_scale: Smallest and largest crop of training images, as a share of their area.
@@ -182,8 +68,8 @@ class RegionDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: list[str],
-        val: list[str] | None = None,
+        train: list[str | DataSet],
+        val: list[str | DataSet] | None = None,
         batch_size: int = 64,
         sampling: Sampling = Sampling(),
         augment_scale: tuple[float, float] = (0.6, 1.0),
@@ -209,14 +95,14 @@ class RegionDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Find the shards; a missing or damaged one stops the run here."""
-        self._train_shards = find_shards(self.train) if stage == "fit" else []
-        self._val_shards = find_shards(self.val) if self.val else []
-        readers = self.trainer.world_size * max(1, self.workers) if self.trainer else 1
-        if stage == "fit" and len(self._train_shards) < readers:
-            raise ValueError(
-                f"{len(self._train_shards)} training shards can't feed {readers} readers "
-                "(processes x workers); lower workers, or make smaller shards"
-            )
+        self._train_sets = [_shard_set(part) for part in self.train] if stage == "fit" else []
+        self._val_sets = [_shard_set(part) for part in self.val]
+        self.drops = Drops(max(1, self.workers))
+
+    def teardown(self, stage: str) -> None:
+        """Say what was dropped on the way."""
+        if counts := self.drops.counts():
+            log.warning("dropped while reading: %s", dict(counts))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Endless stream; the trainer's `limit_train_batches` says how long an epoch is."""
@@ -231,19 +117,19 @@ class RegionDataModule(L.LightningDataModule):
         )
         epoch = self.trainer.current_epoch if self.trainer else 0
         seed = self.seed + 1_000_003 * epoch
-        return self._loader(self._train_shards, augment, seed, training=True)
+        return self._loader(self._train_sets, augment, seed, training=True)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Every region of every validation image once, each in a row of its own."""
-        if not self._val_shards:
+        if not self._val_sets:
             return []
         model = self._model()
         transform = model.transform.replace(geometry=self.val_geometry)
-        return self._loader(self._val_shards, transform, self.seed, training=False)
+        return self._loader(self._val_sets, transform, self.seed, training=False)
 
     def _loader(
         self,
-        shards: list[Shard],
+        sets: list[ShardSet],
         transform: RegionTransform | RegionAugment,
         seed: int,
         training: bool,
@@ -252,7 +138,7 @@ class RegionDataModule(L.LightningDataModule):
             (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         )
         data = RegionShards(
-            shards,
+            sets,
             transform,
             self.sampling,
             seed,
@@ -260,6 +146,7 @@ class RegionDataModule(L.LightningDataModule):
             every_region=not training,
             rank=rank,
             world=world,
+            drops=self.drops,
         )
         return DataLoader(
             data,
@@ -271,25 +158,19 @@ class RegionDataModule(L.LightningDataModule):
         )
 
     def _model(self) -> AlphaClip:
-        module: Any = self.trainer.lightning_module if self.trainer else None
+        if self.trainer is None:
+            raise RuntimeError(
+                "the batches follow the model (size, normalisation, tokenizer), so a Trainer has "
+                "to know this module: trainer.fit(AlphaClipModule(...), datamodule=...); to read "
+                "shards without one, use alpha_clip.datasets.RegionShards"
+            )
+        module: Any = self.trainer.lightning_module
         return module.model  # type: ignore[no-any-return]
 
 
-@dataclass
-class Collate:
-    """Stacks samples into a `RegionBatch`."""
-
-    tokenizer: Tokenizer
-
-    def __call__(self, samples: list[LoadedSample]) -> RegionBatch:
-        """Stack images and alphas and tokenize the phrases."""
-        tokens = self.tokenizer([text for sample in samples for text in sample.texts])
-        return RegionBatch(
-            rgb=torch.stack([sample.rgb for sample in samples]),
-            alphas=torch.stack([sample.alphas for sample in samples]),
-            tokens=tokens.unflatten(0, (len(samples), -1)),
-            whole=torch.tensor([sample.whole for sample in samples]),
-        )
+def _shard_set(part: str | DataSet) -> ShardSet:
+    part = DataSet(part) if isinstance(part, str) else part
+    return ShardSet(tuple(find_shards([part.path], part.originals)), part.weight)
 
 
 def _one_thread(_: int) -> None:

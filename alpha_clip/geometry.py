@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, TypeAlias
 
+import torch
 from jaxtyping import Shaped, UInt8
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -47,7 +48,15 @@ def _resize_alpha(alphas: Tensor, target: list[int]) -> Tensor:
     A pixel of a 2000 px photo would round to nothing, or to less than a tower can see.
     """
     large = alphas.reshape(-1, *alphas.shape[-3:])
-    small = _interpolate(large, target, InterpolationMode.BILINEAR)
+    if large.device.type == "cpu":
+        # torch resizes up to four channels of one image at once, but images one after the other.
+        fours = [
+            _interpolate(some.transpose(0, 1), target, InterpolationMode.BILINEAR)
+            for some in large.split(4)
+        ]
+        small = torch.cat(fours, 1).transpose(0, 1)
+    else:
+        small = _interpolate(large, target, InterpolationMode.BILINEAR)
     peaks_now = small.flatten(1).amax(1).int()
     if int(peaks_now.min()) < 128:  # else none was halved, and the large ones need no look
         peaks = large.flatten(1).amax(1)

@@ -14,8 +14,9 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from alpha_clip.batches import RegionBatch
 from alpha_clip.checkpoint import save_checkpoint
-from alpha_clip.data import RegionBatch
+from alpha_clip.data import RegionDataModule
 from alpha_clip.factory import create_model
 from alpha_clip.losses import RegionContrastiveLoss
 from alpha_clip.optim import OptimConfig, create_optimizer, create_schedule
@@ -144,6 +145,10 @@ class AlphaClipModule(L.LightningModule):
         self.log("val/region_top1", top1, prog_bar=True, sync_dist=True)
 
     def on_train_epoch_end(self) -> None:
-        """Write the weights, so that an interrupted run leaves a usable model."""
+        """Log what the readers dropped; write the weights, so that a cut run leaves a model."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, RegionDataModule):
+            dropped = float(sum(data.drops.counts().values()))
+            self.log("train/dropped_samples", dropped, sync_dist=True, reduce_fx="sum")
         if self.output and self.trainer.is_global_zero:
             save_checkpoint(self.model, self.output)

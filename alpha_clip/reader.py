@@ -7,32 +7,50 @@ not finished, and the manifest's counts are the only thing that notices a trunca
 from __future__ import annotations
 
 import json
-import logging
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePosixPath
 
+import fsspec
 import webdataset as wds
 
-from alpha_clip.regions import RegionSample, SampleError, parse_sample
-
-log = logging.getLogger(__name__)
+from alpha_clip.drops import Drops
+from alpha_clip.regions import (
+    IMAGE_EXTENSIONS,
+    RegionSample,
+    SampleError,
+    join_sidecar,
+    parse_sample,
+)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished shard: its tar and how many samples its manifest promises."""
+    """A finished shard.
 
-    tar: Path
+    Attributes:
+        file: The tar with pictures and masks, or the sidecar with the masks alone.
+        samples: How many samples its manifest promises.
+        pictures: Of a sidecar, path or URL of the tar that holds the pictures.
+    """
+
+    file: Path
     samples: int
+    pictures: str | None = None
 
 
-def find_shards(directories: list[str]) -> list[Shard]:
+def find_shards(directories: list[str], originals: str | None = None) -> list[Shard]:
     """Return the finished shards of data sets made by `alpha-clip-data`, in order.
 
+    Args:
+        directories: Folders of the data sets.
+        originals: Of data sets whose masks lie beside the pictures: folder or URL where the
+            original tars are now, if they have moved since.
+
     Raises:
-        ValueError: If a folder holds none, or a manifest or its tar is missing or damaged.
+        ValueError: If a folder holds none, or a manifest or what it vouches for is missing or
+            damaged.
     """
     shards = []
     for directory in directories:
@@ -42,40 +60,96 @@ def find_shards(directories: list[str]) -> list[Shard]:
                 f"{directory} holds no finished shards (NNNNN.done.json); make them with "
                 "`alpha-clip-data grit`"
             )
-        for file in manifests:
-            try:
-                manifest = json.loads(file.read_text())
-                shard = Shard(file.parent / manifest["tar"], int(manifest["samples"]))
-                size = int(manifest["bytes"])
-            except (KeyError, TypeError, ValueError, OverflowError) as error:
-                raise ValueError(f"{file} is no manifest of a shard: {error}") from error
-            if not shard.tar.is_file() or shard.tar.stat().st_size != size:
-                raise ValueError(f"{shard.tar} is missing or not {size} bytes long, as {file} says")
-            shards.append(shard)
+        shards += [_shard(file, originals) for file in manifests]
     return shards
 
 
-def read_samples(shard: Shard, drops: Counter[str]) -> Iterator[RegionSample]:
-    """Yield the sound samples of a shard; what is dropped is counted in `drops` by reason."""
+def _shard(file: Path, originals: str | None) -> Shard:
+    try:
+        manifest = json.loads(file.read_text())
+        tar, sidecar = manifest["tar"], manifest.get("sidecar")
+        path = file.parent / (sidecar or tar)
+        samples, size = int(manifest["samples"]), int(manifest["bytes"])
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{file} is no manifest of a shard: {error}") from error
+    if not path.is_file() or path.stat().st_size != size:
+        raise ValueError(f"{path} is missing or not {size} bytes long, as {file} says")
+    if not sidecar:
+        return Shard(path, samples)
+    pictures = f"{originals.rstrip('/')}/{PurePosixPath(tar).name}" if originals else str(tar)
+    if "://" not in pictures and not Path(pictures).is_file():
+        raise ValueError(
+            f"{path} needs the pictures in {pictures}, which is missing; say where the original "
+            "tars are now (originals)"
+        )
+    return Shard(path, samples, pictures)
+
+
+def read_samples(
+    shard: Shard, drops: Drops, part: int = 0, parts: int = 1
+) -> Iterator[RegionSample]:
+    """Yield the sound samples of a shard; every one that is not there is counted.
+
+    Args:
+        shard: The shard.
+        drops: Where to count.
+        part: Which part to read, where several readers share a shard: samples number `part`,
+            `part + parts`, ...
+        parts: How many parts there are.
+    """
     seen = 0
+    for sample in (_from_sidecar if shard.pictures else _from_tar)(shard, drops, part, parts):
+        seen += 1
+        if isinstance(sample, SampleError):
+            drops.add(sample.reason, f"{shard.file}: {sample.detail}")
+        else:
+            yield sample
+    promised = len(range(part, shard.samples, parts))
+    if seen < promised:
+        detail = f"{shard.file}: {promised - seen} samples of {promised} are not there"
+        drops.add("lost_in_tar", detail, promised - seen)
 
-    def note(error: Exception) -> bool:
-        drops["damaged_tar"] += 1
-        log.warning("%s: %s", shard.tar, error)
-        return True
 
-    # A shard is read by one process at a time, so the samples come in order.
-    for raw in wds.tarfile_to_samples(handler=note)([{"url": str(shard.tar)}]):
+def _from_tar(
+    shard: Shard, drops: Drops, part: int, parts: int
+) -> Iterator[RegionSample | SampleError]:
+    # A shard is read from start to end, so the samples come in order.
+    raws = wds.tarfile_to_samples(handler=_noted(shard, drops, part))([{"url": str(shard.file)}])
+    for raw in islice(raws, part, None, parts):
         try:
             if not raw.keys() >= {"jpg", "json"}:
                 raise SampleError("incomplete", f"{raw['__key__']} lacks its jpg or its json")
-            seen += 1
             yield parse_sample(raw["__key__"], raw["jpg"], raw["json"])
         except SampleError as error:
-            drops[error.reason] += 1
-            log.warning("%s: %s", shard.tar, error)
-    if seen < shard.samples:
-        drops["lost_in_tar"] += shard.samples - seen
-        log.warning(
-            "%s: %d samples of %d are missing", shard.tar, shard.samples - seen, shard.samples
-        )
+            yield error
+
+
+def _from_sidecar(
+    shard: Shard, drops: Drops, part: int, parts: int
+) -> Iterator[RegionSample | SampleError]:
+    with shard.file.open("rb") as lines:
+        yield from join_sidecar(islice(lines, part, None, parts), _pictures(shard, drops, part))
+
+
+def _pictures(shard: Shard, drops: Drops, part: int) -> Iterator[tuple[str, bytes]]:
+    """Yield key and bytes of the pictures in the original tar, as far as it can be read."""
+    note = _noted(shard, drops, part)
+    try:
+        with fsspec.open(shard.pictures, "rb") as file:
+            for member in wds.tariterators.tar_file_iterator(file, handler=note):
+                name = PurePosixPath(member["fname"])
+                if name.suffix[1:].lower() in IMAGE_EXTENSIONS:
+                    yield name.stem, member["data"]
+    except Exception as error:  # noqa: BLE001 - a storage library may raise anything
+        note(error)
+
+
+def _noted(shard: Shard, drops: Drops, part: int) -> Callable[[Exception], bool]:
+    """Return webdataset's handler of errors; the first of a shard's readers counts them."""
+
+    def note(error: Exception) -> bool:
+        if part == 0:
+            drops.add("damaged_tar", f"{shard.pictures or shard.file}: {error}")
+        return True
+
+    return note

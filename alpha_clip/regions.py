@@ -1,8 +1,8 @@
 """Regions: everything that can say "look here", and the one schema they are stored in.
 
 `region_to_alpha` turns what a user holds (mask, box, polygon, RLE) into an alpha map. The stored
-form, `RegionSample` with its codec, and the checked RLE have files of their own and are exported
-here: this is the module that data pipelines import.
+form, `RegionSample` with its codecs, the checked RLE and stored pictures have files of their own
+and are exported here: this is the module that data pipelines import.
 """
 
 from __future__ import annotations
@@ -17,22 +17,31 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from alpha_clip.jpegs import (
+    IMAGE_EXTENSIONS,
+    MAX_IMAGE_PX,
+    SampleError,
+    StoredImage,
+    decode_jpeg,
+    jpeg_size,
+    read_image,
+    upright_size,
+)
 from alpha_clip.rle import decode_rle, encode_rle, rle_area
 from alpha_clip.samples import (
-    MAX_IMAGE_PX,
     PhraseKind,
     RegionAnnotation,
     RegionSample,
-    SampleError,
-    jpeg_size,
     pack_sample,
     parse_sample,
 )
+from alpha_clip.sidecar import SidecarEntry, join_sidecar, pack_entry, parse_entry
 
 if TYPE_CHECKING:  # data pipelines start faster without it
     import torch
 
 __all__ = [
+    "IMAGE_EXTENSIONS",
     "MAX_IMAGE_PX",
     "Box",
     "PhraseKind",
@@ -40,15 +49,23 @@ __all__ = [
     "RegionAnnotation",
     "RegionSample",
     "SampleError",
+    "SidecarEntry",
+    "StoredImage",
+    "decode_jpeg",
     "decode_rle",
     "encode_rle",
+    "join_sidecar",
     "jpeg_size",
     "masks_to_alphas",
+    "pack_entry",
     "pack_sample",
+    "parse_entry",
     "parse_sample",
+    "read_image",
     "region_to_alpha",
     "rle_area",
     "tensor_to_alpha",
+    "upright_size",
 ]
 
 

@@ -31,7 +31,8 @@ def encode_rle(mask: NDArray[Any]) -> dict[str, Any]:
     """
     if mask.ndim != 2:
         raise ValueError(f"mask must have shape [H, W], got {list(mask.shape)}")
-    rle = coco_mask.encode(np.asfortranarray(mask != 0, dtype=np.uint8))
+    inside = mask if mask.dtype == bool else mask != 0
+    rle = coco_mask.encode(np.asfortranarray(inside.view(np.uint8)))
     return {"size": [int(v) for v in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 

@@ -6,33 +6,17 @@ whose short reason is what pipelines and readers count.
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from PIL import Image, UnidentifiedImageError
-
+from alpha_clip.jpegs import SampleError, jpeg_size
 from alpha_clip.rle import rle_area
 
 SCHEMA_VERSION = 1
-MAX_IMAGE_PX = 64_000_000
 PhraseKind = Literal["ref_exp", "noun_chunk", "class", "caption"]
-
-
-class SampleError(ValueError):
-    """A sample or region that can't be used.
-
-    Attributes:
-        reason: A short, stable name to count by, such as `corrupt_image`.
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -125,14 +109,18 @@ class RegionSample:
 
     def check(self) -> None:
         """Raise `SampleError` if the sample or one of its regions is not sound."""
-        if not (self.key.isascii() and self.key.isdigit()):
-            raise SampleError("bad_key", f"a key must be digits, got {self.key!r}")
-        if not isinstance(self.caption, str):
-            raise SampleError("bad_schema", f"the caption is {self.caption!r}, not a text")
         if jpeg_size(self.jpeg) != (self.w, self.h):
             raise SampleError(
                 "size_mismatch", f"stated {self.w} x {self.h}, stored {jpeg_size(self.jpeg)}"
             )
+        self.check_record()
+
+    def check_record(self) -> None:
+        """Raise `SampleError` if anything but the picture is not sound."""
+        if not (self.key.isascii() and self.key.isdigit()):
+            raise SampleError("bad_key", f"a key must be digits, got {self.key!r}")
+        if not isinstance(self.caption, str):
+            raise SampleError("bad_schema", f"the caption is {self.caption!r}, not a text")
         if not self.regions:
             raise SampleError("no_regions", f"sample {self.key} has no region")
         if len({r.rid for r in self.regions}) != len(self.regions):
@@ -145,26 +133,6 @@ class RegionSample:
             raise SampleError("bad_text", str(error)) from error
 
 
-def jpeg_size(data: bytes) -> tuple[int, int]:
-    """Return `(width, height)` from a JPEG's header, without decoding it.
-
-    Raises:
-        SampleError: `corrupt_image` if it is no JPEG, `huge_image` if it is above the limit.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
-            with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
-                width, height = image.size
-    except Image.DecompressionBombError as error:
-        raise SampleError("huge_image", str(error)) from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise SampleError("corrupt_image", f"not a JPEG: {error}") from error
-    if width * height > MAX_IMAGE_PX:
-        raise SampleError("huge_image", f"{width} x {height} px, limit {MAX_IMAGE_PX}")
-    return width, height
-
-
 def pack_sample(sample: RegionSample) -> tuple[bytes, bytes]:
     """Return the checked bytes of `KEY.jpg` and `KEY.json`.
 
@@ -172,12 +140,7 @@ def pack_sample(sample: RegionSample) -> tuple[bytes, bytes]:
         SampleError: If the sample is not sound.
     """
     sample.check()
-    record: dict[str, Any] = {"v": SCHEMA_VERSION, **asdict(sample)}
-    del record["key"], record["jpeg"]
-    if not record["reencoded"]:
-        del record["reencoded"]
-    text = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return sample.jpeg, text.encode()
+    return sample.jpeg, dump_record(to_record(sample))
 
 
 def parse_sample(key: str, jpeg: bytes, text: bytes) -> RegionSample:
@@ -191,11 +154,25 @@ def parse_sample(key: str, jpeg: bytes, text: bytes) -> RegionSample:
     Raises:
         SampleError: If anything about it is not sound.
     """
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SampleError("bad_json", str(error)) from error
-    if not isinstance(record, dict) or record.pop("v", None) != SCHEMA_VERSION:
+    return from_record(key, load_record(text), jpeg)
+
+
+def to_record(sample: RegionSample) -> dict[str, Any]:
+    """Return all of a sample but its key and its picture, as plain JSON values."""
+    record: dict[str, Any] = {"v": SCHEMA_VERSION, **asdict(sample)}
+    del record["key"], record["jpeg"]
+    if not record["reencoded"]:
+        del record["reencoded"]
+    return record
+
+
+def from_record(key: str, record: dict[str, Any], jpeg: bytes | None) -> RegionSample:
+    """Undo `to_record`, checking everything; without `jpeg`, everything but the picture.
+
+    Raises:
+        SampleError: If anything about it is not sound.
+    """
+    if record.pop("v", None) != SCHEMA_VERSION:
         raise SampleError("bad_schema", f"expected an object with v = {SCHEMA_VERSION}")
     try:
         regions = tuple(
@@ -208,13 +185,33 @@ def parse_sample(key: str, jpeg: bytes, text: bytes) -> RegionSample:
             )
             for region in record.pop("regions")
         )
-        sample = RegionSample(key=key, jpeg=jpeg, regions=regions, **record)
-        sample.check()
+        sample = RegionSample(key=key, jpeg=jpeg or b"", regions=regions, **record)
+        sample.check_record() if jpeg is None else sample.check()
+        return sample
     except SampleError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise SampleError("bad_schema", f"{type(error).__name__}: {error}") from error
-    return sample
+
+
+def dump_record(record: dict[str, Any]) -> bytes:
+    """Return the one way to write a record: sorted keys, no spaces, UTF-8."""
+    return json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def load_record(text: bytes) -> dict[str, Any]:
+    """Read an object that `dump_record` wrote.
+
+    Raises:
+        SampleError: If it is no JSON object.
+    """
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SampleError("bad_json", str(error)) from error
+    if not isinstance(record, dict):
+        raise SampleError("bad_schema", f"expected an object with v = {SCHEMA_VERSION}")
+    return record
 
 
 def _span(span: Any) -> tuple[int, int]:

@@ -262,7 +262,7 @@ class RegionAugment:
         """Cut one window out of both, unless it would cut too much of a region away."""
         window = crop.make_params([rgb])
         cut = F.crop(alphas, **window)
-        kept = cut.sum((1, 2, 3), dtype=torch.int64)
-        if (kept < self.min_kept * alphas.sum((1, 2, 3), dtype=torch.int64)).any():
+        kept, whole = (part.float().sum((1, 2, 3)) for part in (cut, alphas))  # quicker than uint8
+        if (kept < self.min_kept * (1 - 1e-6) * whole).any():
             return rgb, alphas
         return F.crop(rgb, **window), cut

@@ -8,10 +8,11 @@ import sys
 from jsonargparse import auto_cli
 
 from benchmarks.alpha_cost import alpha_cost
+from benchmarks.data import data
 from benchmarks.regions import regions
 from benchmarks.text import text
 
-BENCHMARKS = {"alpha_cost": alpha_cost, "regions": regions, "text": text}
+BENCHMARKS = {"alpha_cost": alpha_cost, "data": data, "regions": regions, "text": text}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -33,7 +33,7 @@ def regions(
         output: CSV file for the table.
     """
     rng = np.random.default_rng(0)
-    jpeg = _photo(rng)
+    jpeg = photo(rng)
     corners = rng.integers(0, [440, 280], (count, 2))
     boxes = [Box(float(x), float(y), float(x + 160), float(y + 160)) for x, y in corners]
     rows: list[Row] = []
@@ -49,7 +49,7 @@ def regions(
     return rows
 
 
-def _photo(rng: np.random.Generator) -> bytes:
+def photo(rng: np.random.Generator) -> bytes:
     """Return a JPEG with about the detail of a photograph."""
     coarse = Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8))
     buffer = io.BytesIO()

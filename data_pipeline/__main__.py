@@ -5,23 +5,28 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from glob import glob
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
-from tqdm import tqdm
 
-from data_pipeline.engines.local import run_local
+from data_pipeline.engines.base import Engine
+from data_pipeline.engines.local import LocalEngine
+from data_pipeline.filters import Filters
 from data_pipeline.inspection import inspect_shards
-from data_pipeline.runner import PipelineConfig, RunSummary, plan
+from data_pipeline.locks import clear_leftovers
+from data_pipeline.planning import Progress, RunSummary, plan
+from data_pipeline.runner import PipelineConfig
 from data_pipeline.segmenters.base import Segmenter
 from data_pipeline.segmenters.grabcut import GrabCutSegmenter
+from data_pipeline.shard_files import Layout
 from data_pipeline.shards import read_manifests
 from data_pipeline.sources.base import Source
 from data_pipeline.sources.grit import GritSource
 from data_pipeline.sources.scene_drawing import SceneConfig
 from data_pipeline.sources.scenes import write_scenes
+from data_pipeline.sources.storage import find_inputs
+from data_pipeline.stage_benchmark import StageReport, benchmark_stages
 from data_pipeline.verification import verify_shards
 
 
@@ -48,51 +53,87 @@ class ScenesJob:
 
 @dataclass
 class GritJob:
-    """Make region–text shards of GRIT tars.
+    """Make region–text shards of GRIT: tars, or parquet files with a folder of pictures.
 
     Attributes:
-        input: Pattern of the input tars, such as '/data/grit/*.tar'; quote it.
+        input: Patterns of the inputs, such as '/data/grit/*.tar' or 's3://bucket/{000..099}.tar';
+            quote them. Without it, a benchmark draws its pictures.
         output: Folder for the shards; what is there already is kept, and not made again.
         segmenter: Makes a mask for each box.
         source: Reads the input.
-        workers: Processes.
+        filters: What is left out.
+        layout: `tar` stores each picture with its masks; `sidecar` writes NNNNN.regions.jsonl and
+            leaves the pictures in the input's tars.
+        engine: Where the work is done: this machine, a SLURM array, Ray.
+        workers: Processes, each making one shard at a time.
+        max_reject_rate: Above this share of lost samples a shard is not committed.
+        benchmark: Make no data set: time each stage on some pictures, and project.
+        benchmark_images: Pictures to time.
+        project_images: Pictures to project hours and disk for.
     """
 
-    input: str
-    output: str
+    input: str | list[str] | None = None
+    output: str | None = None
     segmenter: Segmenter = field(default_factory=GrabCutSegmenter)
     source: Source = field(default_factory=GritSource)
+    filters: Filters = field(default_factory=Filters)
+    layout: Layout = "tar"
+    engine: Engine = field(default_factory=LocalEngine)
     workers: int = 2
+    max_reject_rate: float = 0.9
+    benchmark: bool = False
+    benchmark_images: int = 200
+    project_images: int = 20_000_000
 
     def run(self) -> int:
         """Make the missing shards and tell what was skipped; returns the exit code."""
+        if self.benchmark:
+            print(self.measure())  # noqa: T201
+            return 0
         summary = self.make_shards()
         print(summary)  # noqa: T201
-        return 0 if summary.shards else 1
+        return 1 if summary.failures or (summary.bad_shards and not summary.shards) else 0
+
+    def config(self) -> PipelineConfig:
+        """Return what decides the content of the shards."""
+        return PipelineConfig(
+            self.source, self.segmenter, self.filters, self.layout, self.max_reject_rate
+        )
+
+    def measure(self) -> StageReport:
+        """Time each stage on some pictures of the input; nothing is kept.
+
+        Raises:
+            ValueError: If the pattern matches nothing, or weights are missing.
+        """
+        inputs = self.source.shards(find_inputs(self.input)) if self.input else None
+        return benchmark_stages(inputs, self.config(), self.benchmark_images, self.project_images)
 
     def make_shards(self) -> RunSummary:
         """Make the missing shards.
 
         Raises:
-            ValueError: If the pattern matches nothing, weights are missing, or the output folder
-                holds shards of something else.
+            ValueError: If input or output are not given, the pattern matches nothing, weights are
+                missing, or the output folder holds shards of something else.
         """
-        inputs = [Path(p) for p in sorted(glob(self.input, recursive=True))]
-        if not inputs:
+        if not self.input or not self.output:
             raise ValueError(
-                f"no file matches {self.input!r}; give a pattern of tars such as "
-                "'/data/grit/*.tar', in quotes"
+                "expected --input (a pattern of GRIT tars, in quotes) and --output (a folder)"
             )
-        output = Path(self.output)
-        config = PipelineConfig(self.source, self.segmenter)
-        tasks = plan(inputs, output, config)
+        inputs = self.source.shards(find_inputs(self.input))
+        output, config = Path(self.output), self.config()
+        clear_leftovers(output)
+        missing = plan(inputs, output, config)
+        tasks, done = self.engine.share(missing), len(inputs) - len(missing)
         summary = RunSummary()
-        done = len(inputs) - len(tasks)
-        with tqdm(total=len(inputs), initial=done, desc="shards", unit="shard") as progress:
-            for task, outcome in run_local(tasks, output, config, self.workers):
-                if isinstance(outcome, str):
-                    summary.bad_shards[str(task.path)] = outcome
-                progress.update()
+        with Progress(done, done + len(tasks)) as progress:
+            for outcome in self.engine.run(tasks, output, config, self.workers, progress.tick):
+                summary.seconds.update(outcome.seconds)
+                if outcome.bad_input is not None:
+                    summary.bad_shards[outcome.task.path] = outcome.bad_input
+                if outcome.failure is not None:
+                    summary.failures[outcome.task.path] = outcome.failure
+                progress.shard()
         for manifest in read_manifests(output).values():
             summary.add(manifest)
         return summary
@@ -100,25 +141,26 @@ class GritJob:
 
 @dataclass
 class InspectJob:
-    """Look at finished shards: numbers, a contact sheet, and IoU with true masks.
+    """Look at finished shards: numbers, plots, a contact sheet, and IoU with true masks.
 
     Attributes:
         input: Folder of finished shards.
-        output: Folder for inspection.json and contact_sheet.png.
+        output: Folder for inspection.json, plots.png and contact_sheet.png.
         masks: Pattern of COCO instances JSON or of scenes' '*.masks.jsonl', to compare with.
         tiles: Regions on the contact sheet.
+        samples: Samples to read, spread over the shards; totals are of all.
     """
 
     input: str
     output: str
     masks: str | None = None
     tiles: int = 48
+    samples: int = 20_000
 
     def run(self) -> int:
-        """Write the two files and print the numbers; returns the exit code."""
-        found = inspect_shards(Path(self.input), Path(self.output), self.masks, self.tiles)
-        for name, value in asdict(found).items():
-            print(f"{name:<16}{value}")  # noqa: T201
+        """Write the files and print the numbers; returns the exit code."""
+        folders = Path(self.input), Path(self.output)
+        print(inspect_shards(*folders, self.masks, self.tiles, self.samples))  # noqa: T201
         return 0
 
 
@@ -155,6 +197,9 @@ JOBS: dict[str, type[ScenesJob] | type[GritJob] | type[InspectJob] | type[Verify
     "verify": VerifyJob,
 }
 
+# Switches, which are given without a value.
+FLAGS = {"grit": {"benchmark": "make no data set: time each stage on some pictures, and project"}}
+
 
 def build_parser() -> ArgumentParser:
     """Return the parser of all commands."""
@@ -164,7 +209,10 @@ def build_parser() -> ArgumentParser:
         summary = str(job.__doc__).splitlines()[0]
         command = ArgumentParser(description=summary, allow_abbrev=False)
         command.add_argument("--config", action="config", help="YAML file with these keys")
-        command.add_class_arguments(job, sub_configs=True)
+        flags = FLAGS.get(name, {})
+        command.add_class_arguments(job, skip=set(flags), sub_configs=True)
+        for flag, text in flags.items():
+            command.add_argument(f"--{flag}", action="store_true", help=text)
         commands.add_subcommand(name, command, help=summary)
     return parser
 

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from alpha_clip.regions import RegionAnnotation, RegionSample, SampleError, encode_rle
+from alpha_clip.regions import (
+    SampleError,
+    StoredImage,
+    read_image,
+)
+from data_pipeline.annotation import annotate
+from data_pipeline.filters import Filters
+from data_pipeline.near_duplicates import NearDuplicates
 from data_pipeline.segmenters.base import Segmenter
-from data_pipeline.shards import ShardManifest, ShardWriter, read_manifests
-from data_pipeline.sources.base import BadShardError, Reject, Source, SourceSample
+from data_pipeline.shard_files import Layout
+from data_pipeline.shards import ShardManifest, ShardWriter
+from data_pipeline.sources.base import BoxedPhrase, Reject, Source, SourceSample
+
+_ENOUGH = 100  # samples that say something about a rate
 
 
 @dataclass(frozen=True)
@@ -24,170 +39,207 @@ class PipelineConfig:
     Attributes:
         source: Reads the input.
         segmenter: Makes a mask for each box.
+        filters: What is left out.
+        layout: Whether pictures are stored with their masks.
+        max_reject_rate: Above this share of lost samples a shard of some size is not committed:
+            something is wrong with it, or with the settings.
     """
 
     source: Source
     segmenter: Segmenter
+    filters: Filters = field(default_factory=Filters)
+    layout: Layout = "tar"
+    max_reject_rate: float = 0.9
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """Digest of everything that decides the output's content."""
-        parts = {
-            name: {"class": f"{type(part).__module__}.{type(part).__qualname__}", **_public(part)}
-            for name, part in (("source", self.source), ("segmenter", self.segmenter))
-        }
+        parts: dict[str, object] = {"filters": asdict(self.filters), "layout": self.layout}
+        part: Source | Segmenter
+        for name, part in (("source", self.source), ("segmenter", self.segmenter)):
+            kind = f"{type(part).__module__}.{type(part).__qualname__}"
+            parts[name] = {"class": kind, **part.settings()}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One input shard and the number of the shard to make of it."""
+    """One input shard, a path or URL, and the number of the shard to make of it."""
 
-    path: Path
+    path: str
     index: int
 
 
-@dataclass
-class RunSummary:
-    """What a run did, added up over shards.
+class StageClock:
+    """Adds up the seconds spent in each stage, and tells when samples are done.
 
-    Attributes:
-        shards: Shards that are committed, those of earlier runs included.
-        samples: Samples in them.
-        regions: Regions in them.
-        rejects: Reason -> how often.
-        bad_shards: Input shard -> why it could not be read; nothing of it was committed.
+    Args:
+        tick: Called with how many samples have been done since the last call.
     """
 
-    shards: int = 0
-    samples: int = 0
-    regions: int = 0
-    rejects: Counter[str] = field(default_factory=Counter)
-    bad_shards: dict[str, str] = field(default_factory=dict)
+    def __init__(self, tick: Callable[[int], None] | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._tick = tick
 
-    def add(self, manifest: ShardManifest) -> None:
-        """Count a committed shard."""
-        self.shards += 1
-        self.samples += manifest.samples
-        self.regions += manifest.regions
-        self.rejects.update(manifest.rejects)
+    def tick(self, samples: int) -> None:
+        """Say that more samples are done."""
+        if self._tick is not None:
+            self._tick(samples)
 
-    def __str__(self) -> str:
-        lines = [f"{self.shards} shards: {self.samples} samples, {self.regions} regions"]
-        for reason, count in sorted(self.rejects.items()):
-            lines.append(f"  skipped {count:>8} {reason}")
-        for path, reason in sorted(self.bad_shards.items()):
-            lines.append(f"  skipped the whole of {path}: {reason}")
-        return "\n".join(lines)
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count what happens inside towards a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def process_shard(task: ShardTask, output: Path, config: PipelineConfig) -> ShardManifest:
+@dataclass
+class _Item:
+    """A sample on its way: what was rejected of it and, unless all was, the rest."""
+
+    rejects: list[Reject]
+    sample: SourceSample | None = None
+    image: StoredImage | None = None
+
+
+def process_shard(
+    task: ShardTask, output: Path, config: PipelineConfig, clock: StageClock | None = None
+) -> ShardManifest:
     """Make one output shard.
 
     Args:
         task: Which input, and its number.
         output: The data set's folder.
         config: How.
+        clock: Told how long each stage took, and how far it is.
 
     Returns:
         The manifest that was committed.
 
     Raises:
-        BadShardError: If the input can't be read at all; nothing is committed.
+        BadShardError: If the input can't be read at all.
+        StorageError: If the input's storage fails.
+        RuntimeError: If every picture fails in the segmenter, or too many samples are rejected.
+        OSError: If the output can't be written. Whatever is raised, nothing is committed.
     """
-    writer = ShardWriter(output, task.index)
+    clock = clock or StageClock()
+    writer = ShardWriter(output, task.index, config.layout)
     try:
-        for item in config.source.read(task.path):
-            if isinstance(item, Reject):
-                writer.reject(item)
-                continue
-            for reject in item.rejects:
-                writer.reject(reject)
-            _write_sample(writer, item, config)
-        return writer.commit(config.hash, str(task.path))
+        size = config.segmenter.batch_size()
+        items = _prepare_all(config.source.read(task.path), config, clock)
+        batches = iter(lambda: list(islice(items, size)), [])
+        failed = tried = 0
+        for batch in _ahead(batches) if size > 1 else batches:
+            failures = _finish(batch, writer, config, clock)
+            failed += len(failures)
+            tried += sum(item.sample is not None for item in batch)
+            clock.tick(len(batch))
+            if failed == tried >= max(2, size):
+                raise RuntimeError(f"the segmenter failed on every picture: {failures[-1]}")
+        _check_rate(writer, config)
+        with clock.stage("commit"):
+            return writer.commit(config.hash, task.path)
     except BaseException:
         writer.abandon()
         raise
 
 
-def _write_sample(writer: ShardWriter, item: SourceSample, config: PipelineConfig) -> None:
-    annotations = []
-    boxes = np.array([p.box_xyxy_px for p in item.phrases], np.float64).reshape(-1, 4)
-    predictions = config.segmenter.segment(item.image.rgb, boxes) if item.phrases else []
-    for phrase, prediction in zip(item.phrases, predictions, strict=True):
-        area = int(prediction.mask.sum())
-        if area == 0:
-            writer.reject(Reject(item.key, phrase.rid, "empty_mask", phrase.text))
+def _prepare_all(
+    items: Iterator[SourceSample | Reject], config: PipelineConfig, clock: StageClock
+) -> Iterator[_Item]:
+    seen = NearDuplicates(config.filters.near_duplicate_bits)
+    while True:
+        with clock.stage("read"):
+            item = next(items, None)
+        if item is None:
+            return
+        if isinstance(item, Reject):
+            yield _Item([item])
             continue
-        annotations.append(
-            RegionAnnotation(
-                rid=phrase.rid,
-                text=phrase.text,
-                kind=phrase.kind,
-                span=phrase.span,
-                box=phrase.box_xyxy_px,
-                rle=encode_rle(prediction.mask),
-                area=area,
-                score=phrase.score,
-                sam_iou=prediction.iou,
-                stability=prediction.stability,
-            )
-        )
-    height, width = item.image.rgb.shape[:2]
-    sample = RegionSample(
-        key=item.key,
-        jpeg=item.image.jpeg,
-        id=item.id,
-        source=config.source.name,
-        w=width,
-        h=height,
-        caption=item.caption,
-        regions=tuple(annotations),
-        reencoded=item.image.reencoded,
-    )
+        with clock.stage("decode"):
+            prepared = _prepare(item, config, seen)
+        yield prepared
+
+
+def _prepare(sample: SourceSample, config: PipelineConfig, seen: NearDuplicates) -> _Item:
+    """Decode a picture and drop the phrases that filters refuse."""
+    rejects, phrases = list(sample.rejects), list[BoxedPhrase]()
     try:
-        writer.write(sample)
+        config.filters.check_image(sample.width, sample.height)
+        for phrase in sample.phrases:
+            try:
+                config.filters.check_phrase(phrase.text)
+                phrases.append(phrase)
+            except SampleError as error:
+                rejects.append(Reject(sample.key, phrase.rid, error.reason, error.detail))
+        if not phrases:
+            raise SampleError("no_regions", f"no phrase of {sample.key} is left")
+        image = read_image(sample.image, config.source.max_image_px)
+        seen.check(image.rgb)
     except SampleError as error:
-        writer.reject(Reject(item.key, None, error.reason, str(error), len(annotations)))
+        lost = len(sample.phrases) + len(sample.rejects) - len(rejects)
+        rejects.append(Reject(sample.key, None, error.reason, error.detail, lost))
+        return _Item(rejects)
+    return _Item(rejects, replace(sample, phrases=tuple(phrases)), image)
 
 
-def plan(inputs: list[Path], output: Path, config: PipelineConfig) -> list[ShardTask]:
-    """Return the shards that are still to be made.
+def _ahead(batches: Iterator[list[_Item]]) -> Iterator[list[_Item]]:
+    """Prepare the next batch in a thread while the caller, on a GPU, works on this one."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield batch
 
-    Args:
-        inputs: Input shards; their order numbers the output.
-        output: The data set's folder.
-        config: How shards are made.
 
-    Raises:
-        ValueError: If the folder holds shards of other settings or of other inputs.
-    """
-    done = read_manifests(output) if output.exists() else {}
-    if surplus := [stem for stem in done if int(stem) >= len(inputs)]:
-        raise ValueError(
-            f"{output} holds shard {surplus[0]}, but {len(inputs)} inputs were given; keep the "
-            "list of inputs as it was, or write to another folder"
+def _finish(
+    batch: list[_Item], writer: ShardWriter, config: PipelineConfig, clock: StageClock
+) -> list[SampleError]:
+    """Segment and write a batch, in order; returns why the segmenter failed, if it did."""
+    ready = [(item.sample, item.image) for item in batch if item.sample and item.image]
+    boxes = [list(dict.fromkeys(p.box_xyxy_px for p in sample.phrases)) for sample, _ in ready]
+    with clock.stage("segment"):
+        results = config.segmenter.segment_batch(
+            [image.rgb for _, image in ready], [np.array(b, np.float64) for b in boxes]
         )
-    tasks = []
-    for index, path in enumerate(inputs):
-        manifest = done.get(f"{index:05d}")
-        if manifest is None:
-            tasks.append(ShardTask(path, index))
-        elif manifest.config_hash != config.hash:
-            raise ValueError(
-                f"{output} holds shards made with other settings (config {manifest.config_hash}, "
-                f"now {config.hash}); write to another folder, or delete this one"
+    predictions = iter(zip(boxes, results, strict=True))
+    failures = []
+    for item in batch:
+        for reject in item.rejects:
+            writer.reject(reject)
+        if item.sample is None or item.image is None:
+            continue
+        own_boxes, result = next(predictions)
+        if isinstance(result, SampleError):
+            failures.append(result)
+            lost = len(item.sample.phrases)
+            writer.reject(Reject(item.sample.key, None, result.reason, result.detail, lost))
+            continue
+        with clock.stage("encode"):
+            masks = dict(zip(own_boxes, result, strict=True))
+            sample, rejects = annotate(
+                item.sample, item.image, masks, config.filters, config.source.name
             )
-        elif manifest.input["path"] != str(path):
-            raise ValueError(
-                f"{output} made shard {index:05d} of {manifest.input['path']}, now it would be "
-                f"{path}; keep the list of inputs as it was, or write to another folder"
-            )
-    return tasks
+        with clock.stage("write"):
+            for reject in rejects:
+                writer.reject(reject)
+            try:
+                writer.write(sample, item.sample.image)
+            except SampleError as error:
+                lost = len(sample.regions)
+                writer.reject(Reject(sample.key, None, error.reason, error.detail, lost))
+    return failures
 
 
-def _public(part: Any) -> dict[str, Any]:
-    return {f.name: getattr(part, f.name) for f in fields(part) if not f.name.startswith("_")}
-
-
-__all__ = ["BadShardError", "PipelineConfig", "RunSummary", "ShardTask", "plan", "process_shard"]
+def _check_rate(writer: ShardWriter, config: PipelineConfig) -> None:
+    lost = writer.lost_samples
+    total = writer.samples + lost
+    if total >= _ENOUGH and lost > config.max_reject_rate * total:
+        reasons = Counter(r.reason for r in writer.rejects if r.rid is None).most_common(5)
+        raise RuntimeError(
+            f"{lost} of {total} samples were rejected ({dict(reasons)}), so the shard is not "
+            f"committed; if that is right, raise max_reject_rate ({config.max_reject_rate})"
+        )

@@ -6,19 +6,25 @@ Write to `.tmp/` -> close and fsync -> read back strictly -> rename to `NNNNN-<8
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
-import tarfile
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alpha_clip.regions import RegionSample, SampleError, pack_sample, parse_sample
+from alpha_clip.regions import RegionSample
+from data_pipeline.locks import exclusive
+from data_pipeline.shard_files import (
+    SHARD_FILES,
+    Layout,
+    file_sha256,
+    read_back,
+    read_shard,
+    read_sidecar_with_pictures,
+)
 from data_pipeline.sources.base import Reject
 
 
@@ -27,16 +33,17 @@ class ShardManifest:
     """What `NNNNN.done.json` says.
 
     Attributes:
-        tar: Name of the shard, beside the manifest.
+        tar: Where the pictures are: the shard beside the manifest, or, of a sidecar, the input.
         samples: Samples in it.
         regions: Regions in it.
-        bytes: Its size.
+        bytes: Size of the shard or the sidecar.
         sha256: Its digest.
         rejects: Reason -> how often, samples and regions together.
         rejected_samples: Samples that were lost.
         rejected_regions: Regions that were lost, alone or with their sample.
         config_hash: Digest of the settings it was made with.
         input: `path`, `samples` and `regions` of the input shard.
+        sidecar: Name of the sidecar beside the manifest, or `None`.
     """
 
     tar: str
@@ -49,6 +56,21 @@ class ShardManifest:
     rejected_regions: int
     config_hash: str
     input: dict[str, Any]
+    sidecar: str | None = None
+
+    def file(self, directory: Path) -> Path:
+        """Return the file that the shard is, in its data set's folder."""
+        return directory / (self.sidecar or self.tar)
+
+    def read(self, directory: Path) -> Iterator[RegionSample]:
+        """Yield the samples with their pictures, refusing whatever is not as it should be.
+
+        Raises:
+            OSError: If anything is damaged, missing or out of place.
+        """
+        if self.sidecar:
+            return read_sidecar_with_pictures(directory / self.sidecar, self.tar)
+        return read_shard(directory / self.tar)
 
 
 class ShardWriter:
@@ -57,30 +79,38 @@ class ShardWriter:
     Args:
         directory: The data set's folder.
         index: The shard's number.
+        layout: `tar` stores the pictures, `sidecar` leaves them where they are.
     """
 
-    def __init__(self, directory: Path, index: int) -> None:
+    def __init__(self, directory: Path, index: int, layout: Layout = "tar") -> None:
         self.directory = directory
         self.stem = f"{index:05d}"
+        self.layout = layout
         temporary = directory / ".tmp"
         temporary.mkdir(parents=True, exist_ok=True)
-        self.path = temporary / f"{self.stem}-{uuid.uuid4().hex}.tar"
+        kind = SHARD_FILES[layout]
+        self.path = temporary / f"{self.stem}-{uuid.uuid4().hex}{kind.suffix}"
         self.samples = 0
         self.regions = 0
         self.rejects: list[Reject] = []
-        self._tar = tarfile.open(self.path, "w", format=tarfile.USTAR_FORMAT)
+        self._file = kind(self.path)
 
-    def write(self, sample: RegionSample) -> None:
+    @property
+    def lost_samples(self) -> int:
+        """Samples that were rejected as a whole."""
+        return sum(r.rid is None for r in self.rejects)
+
+    def write(self, sample: RegionSample, picture: bytes | None = None) -> None:
         """Add a sample.
+
+        Args:
+            sample: The sample.
+            picture: Its picture's bytes as they lie in the input; by default those it stores.
 
         Raises:
             SampleError: If it is not sound; the shard stays as it was.
         """
-        jpeg, text = pack_sample(sample)
-        for suffix, data in (("jpg", jpeg), ("json", text)):
-            member = tarfile.TarInfo(f"{sample.key}.{suffix}")
-            member.size = len(data)
-            self._tar.addfile(member, io.BytesIO(data))
+        self._file.write(sample, sample.jpeg if picture is None else picture)
         self.samples += 1
         self.regions += len(sample.regions)
 
@@ -91,81 +121,78 @@ class ShardWriter:
     def commit(self, config_hash: str, source: str) -> ShardManifest:
         """Make the shard visible.
 
+        Args:
+            config_hash: Digest of the settings it was made with.
+            source: Path or URL of its input.
+
+        Returns:
+            The manifest; if another worker was first, its manifest, and nothing changes.
+
         Raises:
             OSError: If what was written does not read back; nothing is visible then.
         """
-        self._tar.close()
+        self._file.close()
         _fsync(self.path)
-        read = [len(s.regions) for s in read_shard(self.path)]
-        if (len(read), sum(read)) != (self.samples, self.regions):
+        if read_back(self.layout, self.path) != (self.samples, self.regions):
             raise OSError(f"{self.path} does not read back as it was written; is the disk sound?")
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        tar = f"{self.stem}-{digest[:8]}.tar"
-        lost = [r for r in self.rejects if r.rid is None]
-        lost_regions = sum(r.regions for r in lost) + len(self.rejects) - len(lost)
-        manifest = ShardManifest(
-            tar=tar,
+        manifest = self._manifest(config_hash, source)
+        # Masks made on a GPU may differ in a pixel from worker to worker: one worker's files or
+        # the other's, never a mixture.
+        with exclusive(self.path.parent / "lock"):
+            done = self.directory / f"{self.stem}.done.json"
+            if done.exists():
+                self.path.unlink()
+                return _read_manifest(done)
+            os.replace(self.path, manifest.file(self.directory))
+            lines = "".join(json.dumps(asdict(r), sort_keys=True) + "\n" for r in self.rejects)
+            self._publish(f"{self.stem}.rejects.jsonl", lines, os.replace)
+            _fsync(self.directory)  # the names before the manifest that vouches for them
+            text = json.dumps(asdict(manifest), sort_keys=True, indent=1) + "\n"
+            self._publish(done.name, text, os.link)
+        return manifest
+
+    def abandon(self) -> None:
+        """Drop what was written; for when something systemic goes wrong."""
+        try:
+            self._file.close()
+        except OSError:  # a full disk fails here again
+            pass
+        finally:
+            self.path.unlink(missing_ok=True)
+
+    def _manifest(self, config_hash: str, source: str) -> ShardManifest:
+        digest = file_sha256(self.path)
+        lost_regions = sum(r.regions if r.rid is None else 1 for r in self.rejects)
+        sidecar = f"{self.stem}.regions.jsonl" if self.layout == "sidecar" else None
+        origin = source if "://" in source else str(Path(source).absolute())
+        return ShardManifest(
+            tar=origin if sidecar else f"{self.stem}-{digest[:8]}.tar",
             samples=self.samples,
             regions=self.regions,
             bytes=self.path.stat().st_size,
             sha256=digest,
             rejects=dict(sorted(Counter(r.reason for r in self.rejects).items())),
-            rejected_samples=len(lost),
+            rejected_samples=self.lost_samples,
             rejected_regions=lost_regions,
             config_hash=config_hash,
             input={
                 "path": source,
-                "samples": self.samples + len(lost),
+                "samples": self.samples + self.lost_samples,
                 "regions": self.regions + lost_regions,
             },
+            sidecar=sidecar,
         )
-        os.replace(self.path, self.directory / tar)
-        lines = "".join(json.dumps(asdict(r), sort_keys=True) + "\n" for r in self.rejects)
-        self._publish(f"{self.stem}.rejects.jsonl", lines, replace=True)
-        text = json.dumps(asdict(manifest), sort_keys=True, indent=1) + "\n"
-        self._publish(f"{self.stem}.done.json", text, replace=False)
-        return manifest
 
-    def abandon(self) -> None:
-        """Drop what was written; for when something systemic goes wrong."""
-        self._tar.close()
-        self.path.unlink(missing_ok=True)
-
-    def _publish(self, name: str, text: str, replace: bool) -> None:
+    def _publish(self, name: str, text: str, place: Callable[[Path, Path], None]) -> None:
         temporary = self.path.with_suffix(f".{name}")
-        temporary.write_text(text)
-        _fsync(temporary)
-        if replace:
-            os.replace(temporary, self.directory / name)
-            return
         try:
-            os.link(temporary, self.directory / name)
-        except FileExistsError:  # another worker was first, with the same bytes
+            temporary.write_text(text)
+            _fsync(temporary)
+            place(temporary, self.directory / name)
+        except FileExistsError:  # another worker was first, without a lock that we could see
             pass
         finally:
-            temporary.unlink()
-
-
-def read_shard(path: Path) -> Iterator[RegionSample]:
-    """Yield the samples of a shard, refusing whatever is not exactly as it should be.
-
-    Raises:
-        OSError: If a member is damaged, missing or out of place.
-    """
-    try:
-        with tarfile.open(path, "r:") as tar:
-            members = iter(tar)
-            for jpg in members:
-                text = next(members, None)
-                key = jpg.name.removesuffix(".jpg")
-                if text is None or (jpg.name, text.name) != (f"{key}.jpg", f"{key}.json"):
-                    raise OSError(f"{path}: expected KEY.jpg and KEY.json in turn, got {jpg.name}")
-                image, record = tar.extractfile(jpg), tar.extractfile(text)
-                if image is None or record is None:
-                    raise OSError(f"{path}: {key} is not a plain file")
-                yield parse_sample(key, image.read(), record.read())
-    except (tarfile.TarError, SampleError) as error:
-        raise OSError(f"{path} is damaged: {error}") from error
+            temporary.unlink(missing_ok=True)
 
 
 def read_manifests(directory: Path) -> dict[str, ShardManifest]:
@@ -176,15 +203,22 @@ def read_manifests(directory: Path) -> dict[str, ShardManifest]:
     """
     manifests = {}
     for file in sorted(directory.glob("*.done.json")):
-        try:
-            manifests[file.name.split(".")[0]] = ShardManifest(**json.loads(file.read_text()))
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{file} is damaged ({error}); delete it to make the shard again"
-            ) from error
+        manifests[file.name.split(".")[0]] = _read_manifest(file)
     return manifests
 
 
+def _read_manifest(file: Path) -> ShardManifest:
+    try:
+        return ShardManifest(**json.loads(file.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}); delete it to make the shard again"
+        ) from error
+
+
 def _fsync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

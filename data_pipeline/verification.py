@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_pipeline.shards import ShardManifest, read_shard
-
-_BLOCK = 1 << 20
+from data_pipeline.shard_files import file_sha256
+from data_pipeline.shards import ShardManifest
 
 
 @dataclass
@@ -31,7 +30,7 @@ class Verification:
         bytes: Their size.
         rejected_samples: Samples that were lost on the way, with a reason.
         rejected_regions: Regions that were lost on the way, with a reason.
-        unfinished: Files of shards that have no manifest; readers do not see them.
+        unfinished: Files that no manifest vouches for; readers do not see them.
         problems: What is wrong, a line each.
     """
 
@@ -71,19 +70,20 @@ def verify_shards(directory: Path, workers: int = 1) -> Verification:
     files = sorted(directory.glob("*.done.json"))
     if not files:
         raise ValueError(f"{directory} holds no finished shards (NNNNN.done.json)")
-    total, keys = Verification(), []
+    total, keys, shards = Verification(), [], set[str]()
     configs: dict[str, list[str]] = defaultdict(list)
     for file, found in zip(files, _read_all(files, workers), strict=True):
         total.problems += [f"{file.name}: {problem}" for problem in found.problems]
         keys.append(found.keys)
         if found.manifest is not None:
             _add(total, found.manifest)
+            shards.add(found.manifest.file(directory).name)
             configs[found.manifest.config_hash].append(file.name)
     total.problems += _twice(files, keys)
     if len(configs) > 1:
         sizes = ", ".join(f"{len(names)} like {names[0]}" for names in configs.values())
         total.problems.append(f"the shards were made with {len(configs)} settings: {sizes}")
-    total.unfinished = _unfinished(directory, {file.name.split(".")[0] for file in files})
+    total.unfinished = _unfinished(directory, files, shards)
     return total
 
 
@@ -92,19 +92,19 @@ def verify_shard(file: Path) -> ShardFindings:
     none = np.empty(0, np.uint64)
     try:
         manifest = ShardManifest(**json.loads(file.read_text()))
-        tar = file.parent / manifest.tar
-        size, digest = tar.stat().st_size, _sha256(tar)
+        shard = manifest.file(file.parent)
+        size, digest = shard.stat().st_size, file_sha256(shard)
     except (OSError, TypeError, ValueError) as error:
         return ShardFindings(None, none, [f"the manifest or its shard can't be read: {error}"])
     problems = []
     if (size, digest) != (manifest.bytes, manifest.sha256):
         problems.append(
-            f"{tar.name} has {size} bytes with digest {digest[:8]}, the manifest says "
+            f"{shard.name} has {size} bytes with digest {digest[:8]}, the manifest says "
             f"{manifest.bytes} bytes with {manifest.sha256[:8]}"
         )
     keys, regions = [], 0
     try:
-        for sample in read_shard(tar):
+        for sample in manifest.read(file.parent):
             keys.append(sample.key)
             regions += len(sample.regions)
     except OSError as error:
@@ -155,24 +155,18 @@ def _twice(files: list[Path], keys: list[NDArray[np.uint64]]) -> Iterator[str]:
         yield f"{files[owner].name}: {count} keys occur before, in it or in another shard"
 
 
-def _unfinished(directory: Path, done: set[str]) -> list[str]:
-    """Return files that belong to no finished shard."""
-    parts = [*directory.glob("*.tar"), *directory.glob("*.rejects.jsonl")]
-    return sorted(p.name for p in parts if p.name.split(".")[0].split("-")[0] not in done)
+def _unfinished(directory: Path, manifests: list[Path], shards: set[str]) -> list[str]:
+    """Return files that no manifest vouches for."""
+    known = shards | {f.name.replace(".done.json", ".rejects.jsonl") for f in manifests}
+    kinds = ("*.tar", "*.regions.jsonl", "*.rejects.jsonl")
+    found = {path.name for kind in kinds for path in directory.glob(kind)}
+    return sorted(found - known)
 
 
 def _add(total: Verification, manifest: ShardManifest) -> None:
     total.shards += 1
     for name in ("samples", "regions", "bytes", "rejected_samples", "rejected_regions"):
         setattr(total, name, getattr(total, name) + getattr(manifest, name))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _key64(key: str) -> int:

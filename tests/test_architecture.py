@@ -13,7 +13,9 @@ MODULES = sorted(p for top in ("alpha_clip", "data_pipeline") for p in (REPO / t
 # Each row may import from the rows above it, and from its own.
 LAYERS = [
     ["alpha_clip.rle"],
+    ["alpha_clip.jpegs"],
     ["alpha_clip.samples"],
+    ["alpha_clip.sidecar"],
     ["alpha_clip.regions"],
     [
         "alpha_clip.surgery",
@@ -21,11 +23,14 @@ LAYERS = [
         "alpha_clip.text",
         "alpha_clip.geometry",
         "alpha_clip.pictures",
-        "alpha_clip.reader",
+        "alpha_clip.drops",
         "alpha_clip.sampling",
         "alpha_clip.visualize",
     ],
-    ["alpha_clip.transforms", "alpha_clip.layouts"],
+    ["alpha_clip.reader"],
+    ["alpha_clip.streams"],
+    ["alpha_clip.transforms", "alpha_clip.layouts", "alpha_clip.batches"],
+    ["alpha_clip.datasets"],
     ["alpha_clip.model", "alpha_clip.weights"],
     ["alpha_clip.checkpoint", "alpha_clip.losses", "alpha_clip.optim"],
     ["alpha_clip.architectures"],

@@ -10,6 +10,11 @@ CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
 COMMAND = {"alpha-clip": "alpha_clip.cli", "alpha-clip-data": "data_pipeline.__main__"}
 
 
+@pytest.fixture(autouse=True)
+def _own_arguments(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["alpha-clip"])  # Lightning minds pytest's
+
+
 def typed(config: Path) -> list[str]:
     """The command in a config's first line."""
     first = config.read_text().splitlines()[0]

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from alpha_clip.drops import Drops
 from alpha_clip.evaluation.base import Benchmark, Scores
 from alpha_clip.evaluation.focus_baselines import FOCUS, Focus
 from alpha_clip.geometry import SharedGeometry
@@ -106,7 +107,7 @@ class RegionClassification(Benchmark):
         return scores
 
     def _samples(self) -> Iterator[RegionSample]:
-        drops: Counter[str] = Counter()
+        drops = Drops()  # what is dropped is logged as it happens
         return islice((s for d in self.shards for s in read_samples(d, drops)), self.max_images)
 
     def _text_features(self, model: AlphaClip, names: list[str]) -> Tensor:

@@ -2,61 +2,178 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from copy import copy
-from functools import partial
-from multiprocessing import get_context
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
-from data_pipeline.runner import PipelineConfig, ShardTask, process_shard
-from data_pipeline.shards import ShardManifest
-from data_pipeline.sources.base import BadShardError
+from data_pipeline.engines.base import Engine, Outcome, Tick, attempt, ignore
+from data_pipeline.runner import PipelineConfig, ShardTask
+from data_pipeline.sources.base import StorageError
 
-Outcome = tuple[ShardTask, ShardManifest | str]
+_GLANCE_S = 1.0  # how often the workers' counts are looked at
 
 
-def run_local(
-    tasks: list[ShardTask], output: Path, config: PipelineConfig, workers: int
-) -> Iterator[Outcome]:
-    """Make shards on this machine.
+@dataclass(frozen=True)
+class LocalEngine(Engine):
+    """Makes shards on this machine.
 
-    Args:
-        tasks: What to make.
-        output: The data set's folder.
-        config: How.
-        workers: Processes; with 1, everything happens in this one.
+    With one worker, everything happens in this process. With several, each has a process of its
+    own; if that is killed (out of memory, say), its shard is done again by a fresh one, and the
+    others do not notice.
 
-    Yields:
-        Each task with its manifest, or with the reason why its input could not be read.
-
-    Raises:
-        RuntimeError: If a worker was killed. What is committed stays; run again to go on.
+    Attributes:
+        attempts: How often a shard is tried whose worker was killed or whose storage failed.
+        pause_s: Seconds to wait before the second attempt; before the third, twice as long.
     """
-    if workers <= 1 or len(tasks) <= 1:
-        config.segmenter.load()
-        yield from (_attempt(output, config, task) for task in tasks)
-        return
-    copy(config.segmenter).load()  # missing weights stop the run here; workers load their own
-    work = partial(_attempt, output, config)
-    # Not multiprocessing.Pool, which waits for ever on a worker that was killed.
-    with ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn")) as pool:
-        futures = [pool.submit(work, task) for task in tasks]
+
+    attempts: int = 3
+    pause_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1 or self.pause_s < 0:
+            raise ValueError(
+                f"expected attempts >= 1 and pause_s >= 0, got {self.attempts} and {self.pause_s}"
+            )
+
+    def run(
+        self,
+        tasks: list[ShardTask],
+        output: Path,
+        config: PipelineConfig,
+        workers: int,
+        tick: Tick = ignore,
+    ) -> Iterator[Outcome]:
+        """Make shards; see `Engine.run`."""
+        if not tasks:
+            return
+        if workers <= 1 or len(tasks) == 1:
+            config.segmenter.load()
+            for task in tasks:
+                yield self._try(task, lambda t: attempt(output, config, t, tick))
+            return
+        copy(config.segmenter).load()  # missing weights stop the run here; workers load their own
+        yield from self._supervise(tasks, output, config, min(workers, len(tasks)), tick)
+
+    def _supervise(
+        self,
+        tasks: list[ShardTask],
+        output: Path,
+        config: PipelineConfig,
+        workers: int,
+        tick: Tick,
+    ) -> Iterator[Outcome]:
+        # A pool of one process for each worker: when one is killed, the standard pool gives up all
+        # of its processes (and multiprocessing.Pool waits for ever).
+        slots = [_Slot() for _ in range(workers)]
+        free: SimpleQueue[_Slot] = SimpleQueue()
+        for slot in slots:
+            free.put(slot)
+
+        def work(task: ShardTask) -> Outcome:
+            slot = free.get()
+            try:
+                return self._try(task, lambda t: slot.attempt(t, output, config))
+            finally:
+                free.put(slot)
+
+        with ThreadPoolExecutor(workers) as threads:
+            pending = {threads.submit(work, task) for task in tasks}
+            try:
+                told = 0
+                while pending:
+                    done, pending = wait(pending, _GLANCE_S, FIRST_COMPLETED)
+                    samples = sum(slot.samples.value for slot in slots)
+                    tick(samples - told)
+                    told = samples
+                    yield from (future.result() for future in done)
+            finally:  # also when something systemic is wrong, or the caller has had enough
+                for future in pending:
+                    future.cancel()
+                for slot in slots:
+                    slot.close()
+
+    def _try(self, task: ShardTask, make: Callable[[ShardTask], Outcome]) -> Outcome:
+        failure = ""
+        for number in range(self.attempts):
+            time.sleep(number * self.pause_s)
+            try:
+                return make(task)
+            except StorageError as error:
+                failure = str(error)
+            except BrokenProcessPool:
+                failure = "its worker process was killed (out of memory?)"
+        return Outcome(task, failure=f"{failure}, {self.attempts} times")
+
+
+class _Slot:
+    """A place for one worker process, started when it is needed and again when it died.
+
+    Attributes:
+        samples: How many its workers have done; only they write it, so nobody waits for a lock.
+    """
+
+    def __init__(self) -> None:
+        self._spawn = get_context("spawn")
+        self.samples = self._spawn.RawValue("Q", 0)
+        self._pool: ProcessPoolExecutor | None = None
+        self._closed = False
+
+    def attempt(self, task: ShardTask, output: Path, config: PipelineConfig) -> Outcome:
+        """Make a shard in the worker; raises `BrokenProcessPool` if that is killed."""
+        if self._closed:
+            raise BrokenProcessPool("the run is over")
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(1, self._spawn, _begin, (self.samples,))
         try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a worker process was killed (out of memory?); finished shards are kept, run the "
-                "same command again to go on"
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            return self._pool.submit(_attempt, output, config, task).result()
+        except BrokenProcessPool:
+            self._stop()
+            raise
+
+    def close(self) -> None:
+        """End the worker, whatever it does."""
+        self._closed = True
+        self._stop()
+
+    def _stop(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            # shutdown() alone would wait for the shard, which may take an hour.
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+_done: Any = None  # this worker's count, in memory that its parent sees
+
+
+def _begin(samples: Any) -> None:
+    """Prepare a worker: let it count, not outlive its run (it would hold a GPU), leave Ctrl-C."""
+    global _done
+    _done = samples
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _attempt(output: Path, config: PipelineConfig, task: ShardTask) -> Outcome:
-    try:
-        return task, process_shard(task, output, config)
-    except BadShardError as error:
-        return task, str(error)
+    def count(samples: int) -> None:
+        _done.value += samples
+
+    return attempt(output, config, task, count)

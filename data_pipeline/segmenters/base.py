@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from alpha_clip.regions import SampleError
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,15 @@ class Segmenter(ABC):
             ValueError: If they are missing or damaged.
         """
 
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the masks, for the config hash; by default every public field."""
+        shown: Any = self
+        return {f.name: getattr(self, f.name) for f in fields(shown) if not f.name.startswith("_")}
+
+    def batch_size(self) -> int:
+        """Return how many images `segment_batch` should be given at a time."""
+        return 1
+
     @abstractmethod
     def segment(
         self, rgb: NDArray[np.uint8], boxes_xyxy_px: NDArray[np.float64]
@@ -46,8 +58,44 @@ class Segmenter(ABC):
 
         Args:
             rgb: Image `[H, W, 3]`.
-            boxes_xyxy_px: Boxes `[N, 4]`, inside the image.
+            boxes_xyxy_px: Boxes `[N, 4]`, inside the image, at least one.
 
         Returns:
             One prediction a box, in order.
         """
+
+    def segment_batch(
+        self, images: list[NDArray[np.uint8]], boxes_xyxy_px: list[NDArray[np.float64]]
+    ) -> list[list[MaskPrediction] | SampleError]:
+        """Segment several images; those that fail do not touch the others.
+
+        Args:
+            images: Images `[H, W, 3]`, of any sizes.
+            boxes_xyxy_px: Boxes `[N, 4]` of each of them.
+
+        Returns:
+            For each image its predictions, or why there are none (`segmenter_failed`).
+
+        Raises:
+            RuntimeError: If the device itself is broken; nothing after that could be trusted.
+        """
+        results: list[list[MaskPrediction] | SampleError] = []
+        for rgb, boxes in zip(images, boxes_xyxy_px, strict=True):
+            try:
+                results.append(self.segment(rgb, boxes))
+            except SampleError as error:
+                results.append(error)
+            except (RuntimeError, ValueError, ArithmeticError, LookupError) as error:
+                if is_device_failure(error):
+                    raise
+                results.append(SampleError("segmenter_failed", f"{type(error).__name__}: {error}"))
+        return results
+
+
+def is_device_failure(error: Exception) -> bool:
+    """Whether an error means that the device is broken, rather than that one image is bad.
+
+    Out of memory is no such failure: the next image may fit.
+    """
+    kind = type(error).__name__
+    return kind == "AcceleratorError" or "CUDA error" in str(error) or "cuDNN error" in str(error)

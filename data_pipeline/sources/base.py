@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 from alpha_clip.regions import PhraseKind
-from data_pipeline.images import StoredImage
 
 
 @dataclass(frozen=True)
@@ -53,32 +52,76 @@ class Reject:
 
 @dataclass(frozen=True)
 class SourceSample:
-    """A picture with boxed phrases, and the regions of it that could not be used."""
+    """A picture with boxed phrases, and the regions of it that could not be used.
+
+    Attributes:
+        key: Digits, unique in the data set.
+        id: The sample's name in its source.
+        caption: The caption of the whole image.
+        image: The picture's bytes as they came; only the header has been looked at.
+        width: Width in pixels, upright.
+        height: Height in pixels, upright.
+        phrases: What to make masks for.
+        rejects: Regions that could not be used.
+    """
 
     key: str
     id: str
     caption: str
-    image: StoredImage
+    image: bytes
+    width: int
+    height: int
     phrases: tuple[BoxedPhrase, ...]
     rejects: tuple[Reject, ...] = field(default=())
 
 
 class BadShardError(Exception):
-    """An input shard that can't be read at all."""
+    """An input shard that can't be read at all; trying again would not help."""
+
+
+class StorageError(Exception):
+    """The storage failed while a shard was read; trying again may help."""
 
 
 class Source(ABC):
     """Reads input shards.
 
     Subclasses are frozen dataclasses; their fields are the settings that the config hash covers.
+
+    Attributes:
+        name: What the samples say that they come from.
+        max_image_px: Larger pictures are rejected by their header, before memory is spent.
+        tars: Whether the pictures lie in tars, which masks can be kept beside (a sidecar).
     """
 
-    name: str
+    name: ClassVar[str]
+    tars: ClassVar[bool] = False
+    max_image_px: int
+
+    def shards(self, inputs: list[str]) -> list[str]:
+        """Return the names of the shards that inputs hold; by default each is one.
+
+        Args:
+            inputs: Paths or URLs.
+
+        Raises:
+            ValueError: If an input can't be looked at.
+        """
+        return inputs
 
     @abstractmethod
-    def read(self, shard: Path) -> Iterator[SourceSample | Reject]:
+    def read(self, shard: str) -> Iterator[SourceSample | Reject]:
         """Yield every sample of an input shard, or why it can't be used.
+
+        Args:
+            shard: A name that `shards` gave: a path, or a URL that fsspec knows.
 
         Raises:
             BadShardError: If the shard can't be read at all.
+            StorageError: If the storage fails.
         """
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the samples, for the config hash: every field."""
+        shown: Any = self
+        return {f.name: getattr(self, f.name) for f in fields(shown)}

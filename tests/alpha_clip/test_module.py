@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import alpha_clip
-from alpha_clip.data import RegionBatch, RegionDataModule
+from alpha_clip.batches import RegionBatch
+from alpha_clip.data import RegionDataModule
 from alpha_clip.module import AlphaClipModule, EncoderConfig, TrainableConfig
 from alpha_clip.optim import OptimConfig, create_optimizer
 from alpha_clip.sampling import Sampling

@@ -91,7 +91,6 @@ def test_misspelt_key_exits_2(run, arguments):
     [
         (),
         ("scenes",),
-        ("grit", "--output", "y"),
         ("grit", "--input", "x", "--output", "y", "--workers", "many"),
         ("grit", "--input", "x", "--output", "y", "--segmenter", "no.such.Segmenter"),
         ("grit", "--input", "x", "--output", "y", "--source.phrases", "verbs"),
@@ -144,7 +143,7 @@ def test_scenes_grit_inspect_one_after_the_other(run, tmp_path):
     found = json.loads((tmp_path / "report" / "inspection.json").read_text())
     assert (found["samples"], found["true_masks"]) == (5, 15)
     assert 0.3 < found["mean_iou"] < 0.9  # boxes are no masks
-    assert f"mean_iou        {found['mean_iou']}" in out
+    assert f"mean IoU {found['mean_iou']:.3f} with 15 true masks" in out
     assert (tmp_path / "report" / "contact_sheet.png").exists()
 
 
@@ -172,11 +171,18 @@ def test_grit_again_makes_nothing_anew(run, tars, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("0*")} == before
 
 
+@pytest.mark.parametrize("given", [(), ("--input", "x"), ("--output", "y")])
+def test_grit_needs_an_input_and_an_output(run, given):
+    code, out, err = run("grit", *given)
+    assert (code, out) == (2, "")
+    assert "expected --input (a pattern of GRIT tars, in quotes) and --output (a folder)" in err
+
+
 def test_grit_pattern_without_a_match_says_what_to_give(run, tmp_path):
     code, out, err = run("grit", "--input", tmp_path / "*.tar", "--output", tmp_path / "out", *BOX)
     assert (code, out) == (2, "")
     assert "no file matches" in err
-    assert "give a pattern of tars such as '/data/grit/*.tar', in quotes" in err
+    assert "give a pattern of inputs such as" in err
     assert not (tmp_path / "out").exists()
 
 

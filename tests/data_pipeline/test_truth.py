@@ -158,7 +158,7 @@ def test_photographs_phrases_find_exactly_their_annotations(photos, tmp_path):
     compared = 0
     for index, tar in enumerate(sorted((photos / "grit").glob("*.tar"))):
         config = PipelineConfig(GritSource(), BoxSegmenter())
-        manifest = process_shard(ShardTask(tar, index), tmp_path, config)
+        manifest = process_shard(ShardTask(str(tar), index), tmp_path, config)
         for sample in read_shard(tmp_path / manifest.tar):
             for region in sample.regions:
                 annotation = by_id[ids[sample.key][region.rid]]

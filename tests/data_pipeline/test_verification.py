@@ -19,7 +19,7 @@ def dataset(grit, tmp_path):
         lost = grit.sample(f"{index}3", ref_exps=[], noun_chunks=[])
         path = grit.tar(tmp_path / f"{index}.tar", grit.sample(f"{index}1"), bad, lost)
         config = PipelineConfig(GritSource(), BoxSegmenter())
-        process_shard(ShardTask(path, index), tmp_path / "shards", config)
+        process_shard(ShardTask(str(path), index), tmp_path / "shards", config)
     return tmp_path / "shards"
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from alpha_clip.drops import Drops
 from alpha_clip.evaluation.region_classification import (
     SHUFFLED,
     WRONG_OBJECT,
@@ -30,8 +31,7 @@ def names_file(tmp_path: Path) -> str:
 
 
 def samples_of(folder: Path) -> list[RegionSample]:
-    drops: Any = {}
-    return [s for shard in find_shards([str(folder)]) for s in read_samples(shard, drops)]
+    return [s for shard in find_shards([str(folder)]) for s in read_samples(shard, Drops())]
 
 
 @torch.no_grad()

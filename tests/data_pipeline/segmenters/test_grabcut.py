@@ -124,7 +124,7 @@ def test_photographs_get_better_masks_than_their_boxes(photos, tmp_path):
     for segmenter in (GrabCutSegmenter(), BoxSegmenter()):
         output, ious = tmp_path / type(segmenter).__name__, []
         for index, tar in enumerate(sorted((photos / "grit").glob("*.tar"))):
-            task = ShardTask(tar, index)
+            task = ShardTask(str(tar), index)
             manifest = process_shard(task, output, PipelineConfig(GritSource(), segmenter))
             assert manifest.rejects == {}
             for sample in read_shard(output / manifest.tar):

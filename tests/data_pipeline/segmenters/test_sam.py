@@ -1,6 +1,7 @@
 """SAM's adapter, with a SAM of 256 pixels and no training."""
 
 import pickle
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import segment_anything
 import torch
+from safetensors.torch import save_file
 from segment_anything.modeling import (
     ImageEncoderViT,
     MaskDecoder,
@@ -15,28 +17,33 @@ from segment_anything.modeling import (
     Sam,
     TwoWayTransformer,
 )
+from segment_anything.utils.amg import calculate_stability_score
 
+from alpha_clip.regions import SampleError
 from data_pipeline.segmenters.sam import SamSegmenter
 
 BOXES = np.array([[5.0, 5, 40, 30], [20, 10, 60, 45], [0, 0, 80, 50]])
+
+
+SIZES = [(50, 80), (300, 40), (40, 300), (64, 64), (257, 255)]
 
 
 def build_tiny_sam(checkpoint=None):
     """Put SAM together from its own parts, as `segment_anything.build_sam` does."""
     torch.manual_seed(0)
     side, patch, dim = 256, 16, 32
-    return Sam(
+    sam = Sam(
         image_encoder=ImageEncoderViT(
             img_size=side,
             patch_size=patch,
-            depth=1,
+            depth=2,
             embed_dim=32,
             num_heads=2,
             mlp_ratio=2,
             norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
             use_rel_pos=True,
-            global_attn_indexes=[0],
-            window_size=0,
+            global_attn_indexes=[1],
+            window_size=7,
             out_chans=dim,
         ),
         prompt_encoder=PromptEncoder(
@@ -55,18 +62,30 @@ def build_tiny_sam(checkpoint=None):
         pixel_mean=[123.675, 116.28, 103.53],
         pixel_std=[58.395, 57.12, 57.375],
     )
+    with torch.no_grad():
+        for block in sam.image_encoder.blocks:  # zeros at first: they would do nothing
+            block.attn.rel_pos_h.normal_()
+            block.attn.rel_pos_w.normal_()
+        for layer in sam.mask_decoder.output_hypernetworks_mlps:
+            layer.layers[-1].weight.mul_(30)  # logits beyond ±1, where stability cuts
+    return sam.eval()
 
 
 @pytest.fixture(scope="module")
-def sam():
-    return build_tiny_sam()
+def predictor():
+    """The package's own way, with its own attention."""
+    return segment_anything.SamPredictor(build_tiny_sam())
 
 
-@pytest.fixture
-def segmenter(sam):
-    made = SamSegmenter("", device="cpu")
-    made.use(sam)
+def make(**options):
+    made = SamSegmenter("", device="cpu", **options)
+    made.use(build_tiny_sam())
     return made
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    return make()
 
 
 @pytest.fixture
@@ -79,39 +98,84 @@ def picture(seed, height=50, width=80):
     return np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
 
 
-def test_one_mask_a_box_with_an_estimate(segmenter):
+def assert_same(ones, others):
+    assert len(ones) == len(others) > 0
+    for one, other in zip(ones, others, strict=True):
+        assert (one.mask != other.mask).mean() < 0.001  # sums in another order
+        assert one.iou == pytest.approx(other.iou, abs=1e-5)
+        assert one.stability == pytest.approx(other.stability, abs=1e-3)
+
+
+def test_one_mask_a_box_with_estimates(segmenter):
     predictions = segmenter.segment(picture(0), BOXES)
     assert len(predictions) == len(BOXES)
     for prediction in predictions:
         assert prediction.mask.dtype == bool
         assert prediction.mask.shape == (50, 80)
+        assert 0.05 < prediction.mask.mean() < 0.95  # or these tests could not fail
+        assert type(prediction.iou) is type(prediction.stability) is float
         assert np.isfinite(prediction.iou)
-        assert type(prediction.iou) is float
+        assert 0 < prediction.stability < 1
 
 
-@pytest.mark.parametrize("size", [(50, 80), (300, 40), (40, 300)])
-def test_masks_have_the_size_of_the_picture(segmenter, size):
-    (prediction,) = segmenter.segment(picture(0, *size), np.array([[1.0, 1, 30, 30]]))
-    assert prediction.mask.shape == size
-
-
-def test_masks_are_those_of_sams_own_predictor(segmenter, sam):
-    predictor = segment_anything.SamPredictor(sam)
-    predictor.set_image(picture(1))
-    for box, prediction in zip(BOXES, segmenter.segment(picture(1), BOXES), strict=True):
-        masks, ious, _ = predictor.predict(box=box, multimask_output=False)
-        np.testing.assert_array_equal(prediction.mask, masks[0])
-        assert prediction.iou == pytest.approx(float(ious[0]), abs=1e-5)
+@pytest.mark.parametrize("images", [1, 2, 8])
+def test_numbers_are_those_of_sams_own_predictor(predictor, images):
+    pictures = [picture(i, *size) for i, size in enumerate(SIZES)]
+    boxes = [BOXES[: 1 + i % 3] / (80, 50, 80, 50) * (w, h, w, h) for i, (h, w) in enumerate(SIZES)]
+    results = make(images_per_batch=images).segment_batch(pictures, boxes)
+    assert [len(r) for r in results] == [len(b) for b in boxes]
+    for rgb, wanted, predictions in zip(pictures, boxes, results, strict=True):
+        predictor.set_image(rgb)
+        for box, prediction in zip(wanted, predictions, strict=True):
+            logits, ious, _ = predictor.predict(box=box, multimask_output=False, return_logits=True)
+            assert prediction.mask.shape == rgb.shape[:2]
+            assert (prediction.mask != (logits[0] > 0)).mean() < 0.001
+            assert prediction.iou == pytest.approx(float(ious[0]), abs=1e-5)
+            stability = calculate_stability_score(torch.as_tensor(logits), 0.0, 1.0)
+            assert prediction.stability == pytest.approx(float(stability[0]), abs=1e-3)
 
 
 @pytest.mark.parametrize("count", [2, 3, 16])
-def test_batches_of_boxes_give_the_same(sam, segmenter, count):
-    batched = SamSegmenter("", device="cpu", boxes_per_batch=count)
-    batched.use(sam)
-    one_by_one = segmenter.segment(picture(2), BOXES)
-    for one, other in zip(one_by_one, batched.segment(picture(2), BOXES), strict=True):
-        assert (one.mask != other.mask).mean() < 0.001  # sums in another order
-        assert one.iou == pytest.approx(other.iou, abs=1e-4)
+def test_batches_of_boxes_give_the_same(segmenter, count):
+    batched = make(boxes_per_batch=count)
+    assert_same(segmenter.segment(picture(2), BOXES), batched.segment(picture(2), BOXES))
+
+
+def test_bf16_is_close_and_decodes_in_fp32(segmenter, monkeypatch):
+    bf16 = make(precision="bf16")
+    seen = []
+    mlp, decoder = bf16._model.image_encoder.blocks[1].mlp, bf16._model.mask_decoder
+    mlp.register_forward_hook(lambda *a: seen.append(a[-1].dtype))
+    decoder.register_forward_hook(lambda *a: seen.append(a[-1][0].dtype))
+    found, wanted = bf16.segment(picture(2), BOXES), segmenter.segment(picture(2), BOXES)
+    assert seen == [torch.bfloat16, *[torch.float32] * len(BOXES)]
+    for one, other in zip(found, wanted, strict=True):
+        assert 0 < (one.mask != other.mask).mean() < 0.1
+        assert one.iou == pytest.approx(other.iou, abs=0.05)
+
+
+@pytest.mark.slow
+def test_compiled_encoder_gives_the_same(tmp_path, tiny_registry, segmenter):
+    torch.save(build_tiny_sam().state_dict(), tmp_path / "sam.pth")
+    compiled = SamSegmenter(
+        str(tmp_path / "sam.pth"), "vit_b", device="cpu", compile=True, images_per_batch=3
+    )
+    compiled.load()
+    pictures, boxes = [picture(i) for i in range(5)], [BOXES] * 5  # a batch of 3 and one of 2
+    results = compiled.segment_batch(pictures, boxes)
+    for rgb, result in zip(pictures, results, strict=True):
+        assert_same(result, segmenter.segment(rgb, BOXES))
+
+
+def test_encoder_that_cannot_be_compiled_stops_before_work(tmp_path, tiny_registry, monkeypatch):
+    torch.save(build_tiny_sam().state_dict(), tmp_path / "sam.pth")
+
+    def fail(_):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(ImageEncoderViT, "compile", lambda self: setattr(self, "forward", fail))
+    with pytest.raises(ValueError, match=r"compiled \(no C\+\+ compiler\); set compile: false"):
+        SamSegmenter(str(tmp_path / "sam.pth"), "vit_b", device="cpu", compile=True).load()
 
 
 def test_read_only_pictures_are_welcome(segmenter):
@@ -120,37 +184,66 @@ def test_read_only_pictures_are_welcome(segmenter):
     assert len(segmenter.segment(rgb, BOXES)) == len(BOXES)
 
 
-def test_picture_that_cannot_be_encoded_never_gets_the_masks_of_another(
-    sam, segmenter, monkeypatch
-):
-    before = segmenter.segment(picture(0), BOXES)
+class Chokes(torch.nn.Module):
+    """An encoder that fails on one picture, in whatever batch it is."""
 
-    def fail(_):
-        raise RuntimeError("out of memory")
+    def __init__(self, encoder, bad, error):
+        super().__init__()
+        self.encoder, self.bad, self.error = encoder, bad, error
+        self.img_size, self.sizes = encoder.img_size, []
 
-    with monkeypatch.context() as broken:
-        broken.setattr(sam.image_encoder, "forward", fail)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            segmenter.segment(picture(1), BOXES)
-        # Nothing of the first picture is left to decode from.
-        predictor = segmenter._predictor
-        assert predictor.features is None
-        with pytest.raises(RuntimeError, match="image must be set"):
-            predictor.predict(box=BOXES[0])
-    after = segmenter.segment(picture(0), BOXES)
-    for one, other in zip(before, after, strict=True):
-        np.testing.assert_array_equal(one.mask, other.mask)
+    def forward(self, x):
+        self.sizes.append(len(x))
+        if any(torch.equal(image, self.bad) for image in x):
+            raise self.error
+        return self.encoder(x)
 
 
-def test_loads_a_checkpoint(tmp_path, tiny_registry):
-    path = tmp_path / "sam.pth"
+@pytest.mark.parametrize("place", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("shapes do not fit"), "segmenter_failed"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "segmenter_out_of_memory"),
+    ],
+)
+def test_picture_that_fails_costs_only_itself(segmenter, place, error, reason):
+    pictures, boxes = [picture(i) for i in range(4)], [BOXES + i for i in range(4)]
+    alone = [segmenter.segment(rgb, b) for rgb, b in zip(pictures, boxes, strict=True)]
+    batched = make(images_per_batch=4)
+    sam, pixels = batched._model, torch.as_tensor(batched._resize.apply_image(pictures[place]))
+    bad = sam.preprocess(pixels.permute(2, 0, 1))
+    sam.image_encoder = encoder = Chokes(sam.image_encoder, bad, error)
+    results = batched.segment_batch(pictures, boxes)
+    assert encoder.sizes == [4, 1, 1, 1, 1]
+    for index, (result, wanted) in enumerate(zip(results, alone, strict=True)):
+        if index == place:
+            assert isinstance(result, SampleError)
+            assert result.reason == reason
+            assert str(error) in str(result)
+        else:
+            assert_same(result, wanted)
+    with pytest.raises(SampleError, match=reason):
+        batched.segment(pictures[place], boxes[place])
+    assert_same(batched.segment(pictures[place - 1], boxes[place - 1]), alone[place - 1])
+
+
+def test_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "segment_anything", None)
+    with pytest.raises(ValueError, match=r"pip install 'alpha-clip\[data\]'"):
+        SamSegmenter("sam.pth").load()
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file])
+def test_loads_a_checkpoint(tmp_path, tiny_registry, save):
+    path = tmp_path / "sam.weights"
     weights = build_tiny_sam().state_dict()
     with torch.no_grad():
         weights = {name: value + 0.01 for name, value in weights.items()}
-    torch.save(weights, path)
+    save(weights, path)
     loaded = SamSegmenter(str(path), "vit_b", device="cpu")
     loaded.load()
-    model = loaded._predictor.model
+    model = loaded._model
     assert not model.training
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
@@ -184,7 +277,7 @@ GARBAGE = {
 def test_garbage_is_no_checkpoint(tmp_path, name):
     path = tmp_path / "sam.pth"
     path.write_bytes(GARBAGE[name])
-    with pytest.raises(ValueError, match=r"sam\.pth does not hold weights of SAM vit_h"):
+    with pytest.raises(ValueError, match=r"sam\.pth does not hold weights of SAM \("):
         SamSegmenter(str(path)).load()
 
 
@@ -196,7 +289,7 @@ def test_garbage_is_no_checkpoint(tmp_path, name):
 def test_tensors_of_something_else_are_no_checkpoint(tmp_path, tiny_registry, content):
     path = tmp_path / "sam.pth"
     torch.save(content, path)
-    with pytest.raises(ValueError, match=r"sam\.pth does not hold weights of SAM vit_b"):
+    with pytest.raises(ValueError, match=r"sam\.pth does not hold weights of SAM \("):
         SamSegmenter(str(path), "vit_b").load()
 
 
@@ -204,8 +297,40 @@ def test_weights_of_another_size_are_refused(tmp_path, tiny_registry):
     weights = build_tiny_sam().state_dict()
     weights["image_encoder.pos_embed"] = torch.zeros(1, 4, 4, 32)
     torch.save(weights, tmp_path / "sam.pth")
-    with pytest.raises(ValueError, match=r"pos_embed"):
+    with pytest.raises(ValueError, match=r"(?s)as vit_b, .*pos_embed"):
         SamSegmenter(str(tmp_path / "sam.pth"), "vit_b").load()
+
+
+PATCHES = "image_encoder.patch_embed.proj.weight"
+
+
+@pytest.mark.parametrize("width", [768, 1024, 1280])
+def test_size_is_seen_in_the_weights(tmp_path, monkeypatch, width):
+    """A tiny SAM with the patch embedding of a real one tells which was asked for."""
+    name = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}[width]
+    asked = []
+    for known in ("vit_b", "vit_l", "vit_h"):
+        monkeypatch.setitem(
+            segment_anything.sam_model_registry,
+            known,
+            lambda known=known: asked.append(known) or build_tiny_sam(),
+        )
+    path = tmp_path / "sam.pth"
+    torch.save({PATCHES: torch.zeros(width, 3, 1, 1)}, path)
+    for stated in ("auto", name):
+        with pytest.raises(ValueError, match=f"as {name}, "):  # all else is missing
+            SamSegmenter(str(path), stated).load()
+    assert asked == [name, name]
+    other = "vit_h" if name != "vit_h" else "vit_b"
+    with pytest.raises(ValueError, match=f"holds weights of SAM {name}, but model_type is {other}"):
+        SamSegmenter(str(path), other).load()
+    assert asked == [name, name]
+
+
+def test_size_that_is_unknown_is_refused(tmp_path):
+    torch.save(build_tiny_sam().state_dict(), tmp_path / "sam.pth")
+    with pytest.raises(ValueError, match=r"the encoder's width is 32, not one of .*vit_b"):
+        SamSegmenter(str(tmp_path / "sam.pth")).load()
 
 
 class Exploit:

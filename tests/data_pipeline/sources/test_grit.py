@@ -5,11 +5,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from alpha_clip.regions import decode_rle
+from alpha_clip.regions import decode_rle, read_image
 from data_pipeline.runner import PipelineConfig, ShardTask, process_shard
 from data_pipeline.segmenters.box import BoxSegmenter
-from data_pipeline.shards import read_shard
+from data_pipeline.shard_files import read_shard
 from data_pipeline.sources.base import BadShardError, Reject, SourceSample
 from data_pipeline.sources.grit import GritSource
 
@@ -19,7 +20,7 @@ def read(grit, tmp_path):
     """Write samples as a tar and read it: the good samples by key, the rejects in a list."""
 
     def run(*samples, **settings):
-        items = list(GritSource(**settings).read(grit.tar(tmp_path / "in.tar", *samples)))
+        items = list(GritSource(**settings).read(str(grit.tar(tmp_path / "in.tar", *samples))))
         good = {item.key: item for item in items if isinstance(item, SourceSample)}
         return good, [item for item in items if isinstance(item, Reject)]
 
@@ -33,7 +34,7 @@ def make(grit, tmp_path):
     def run(*samples, path=None, **settings):
         path = path or grit.tar(tmp_path / "in.tar", *samples)
         config = PipelineConfig(GritSource(**settings), BoxSegmenter())
-        manifest = process_shard(ShardTask(path, 0), tmp_path / "out", config)
+        manifest = process_shard(ShardTask(str(path), 0), tmp_path / "out", config)
         keys = [s.key for s in read_shard(tmp_path / "out" / manifest.tar)]
         return manifest, keys
 
@@ -45,7 +46,8 @@ def test_good_sample(grit, read):
     assert rejects == []
     sample = good["12"]
     assert (sample.key, sample.id, sample.caption) == ("12", "345", grit.caption)
-    assert sample.image.jpeg == grit.encode(grit.image(seed=12))
+    assert sample.image == grit.encode(grit.image(seed=12))
+    assert (sample.width, sample.height) == (80, 60)
     assert sample.rejects == ()
     first, second = sample.phrases
     assert (first.rid, first.text, first.kind, first.span) == (0, "a red box", "ref_exp", (0, 9))
@@ -55,8 +57,9 @@ def test_good_sample(grit, read):
     assert second.box_xyxy_px == pytest.approx((44, 6, 76, 54))
 
 
-def test_sample_without_an_id_is_named_by_its_key(grit, read):
-    assert read(grit.sample("12"))[0]["12"].id == "12"
+@pytest.mark.parametrize("changes", [{}, {"id": None}])
+def test_sample_without_an_id_is_named_by_its_key(grit, read, changes):
+    assert read(grit.sample("12", **changes))[0]["12"].id == "12"
 
 
 def test_which_phrases_are_taken(grit, read):
@@ -71,6 +74,59 @@ def test_which_phrases_are_taken(grit, read):
     assert taken("both") == [*expressions, (2, "red box", "noun_chunk")]
     # The same words at the same place in both lists count once.
     assert taken("both", ref_exps=[chunk], noun_chunks=[chunk]) == [(0, "red box", "ref_exp")]
+
+
+# Scores of the phrases, how many are taken, and which.
+BEST = {
+    "all": ([0.5, 0.9, 0.7], None, [0, 1, 2]),
+    "more than there are": ([0.5, 0.9, 0.7], 4, [0, 1, 2]),
+    "as many as there are": ([0.5, 0.9, 0.7], 3, [0, 1, 2]),
+    "in their order": ([0.5, 0.9, 0.7], 2, [1, 2]),
+    "one": ([0.5, 0.9, 0.7], 1, [1]),
+    "the first of equals": ([0.7, 0.7, 0.7, 0.9], 2, [0, 3]),
+    "without a score last": ([None, 0.1, None], 2, [0, 1]),
+}
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_best_phrases_are_taken(grit, read, name):
+    scores, max_phrases, taken = BEST[name]
+    phrases = [
+        [0, 9, 0, 0, 0.5, (i + 1) / 9, *([score] if score else [])]
+        for i, score in enumerate(scores)
+    ]
+    good, rejects = read(grit.sample("1", ref_exps=phrases), max_phrases=max_phrases)
+    assert [p.rid for p in good["1"].phrases] == taken
+    left = [i for i in range(len(scores)) if i not in taken]
+    assert [(r.rid, r.reason) for r in good["1"].rejects] == [(i, "not_best") for i in left]
+    assert rejects == []
+
+
+def test_bad_phrases_are_not_among_the_best(grit, make):
+    phrases = [[0, 9, 0.5, 0.5, 1.2, 0.9, 0.99], *([0, 9, 0, 0, 0.5, i / 9, i / 9] for i in (3, 4))]
+    manifest, keys = make(grit.sample("1", ref_exps=phrases), max_phrases=1)
+    assert keys == ["1"]
+    assert manifest.rejects == {"box_outside": 1, "not_best": 1}
+    assert (manifest.regions, manifest.rejected_regions) == (1, 2)
+
+
+def test_best_are_chosen_from_both_lists(grit, read):
+    chunk = [13, 25, 0.55, 0.1, 0.95, 0.9, 0.8]
+    sample = read(grit.sample("1", noun_chunks=[chunk]), phrases="both", max_phrases=2)[0]["1"]
+    assert [(p.kind, p.score) for p in sample.phrases] == [("ref_exp", 0.9), ("noun_chunk", 0.8)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_phrases": 0}, "max_phrases must be at least 1 or null, got 0"),
+        ({"max_phrases": -1}, "max_phrases must be at least 1 or null, got -1"),
+        ({"phrases": "verbs"}, "phrases must be ref_exps, noun_chunks or both, got 'verbs'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GritSource(**settings)
 
 
 def test_rounding_just_outside_is_cut_to_the_image(grit, read):
@@ -97,12 +153,12 @@ def test_phrase_without_a_score_is_taken(grit, read):
 
 
 @pytest.mark.parametrize("extension", ["jpg", "jpeg", "JPG", "png", "webp"])
-def test_picture_formats(grit, read, extension):
+def test_picture_formats(grit, make, tmp_path, extension):
     format = {"png": "PNG", "webp": "WEBP"}.get(extension, "JPEG")
-    sample = grit.sample("1", grit.encode(grit.image(), format), extension)
-    good, rejects = read(sample)
-    assert rejects == []
-    assert good["1"].image.reencoded == (format != "JPEG")
+    manifest, _ = make(grit.sample("1", grit.encode(grit.image(), format), extension))
+    assert manifest.rejects == {}
+    (sample,) = read_shard(tmp_path / "out" / manifest.tar)
+    assert sample.reencoded == (format != "JPEG")
 
 
 def test_folders_and_other_members_in_the_tar_do_not_matter(grit, read):
@@ -110,6 +166,71 @@ def test_folders_and_other_members_in_the_tar_do_not_matter(grit, read):
     sample.insert(2, ("00000/1.cls", b"7"))
     good, rejects = read(sample, grit.sample("2"))
     assert (list(good), rejects) == (["1", "2"], [])
+
+
+# --- pictures that are no longer what the boxes were drawn on ----------------------------------
+
+# The size that img2dataset found, and the one that it stored, in pixels.
+CROPPED = {
+    "centre crop": ((640, 480), (256, 256)),
+    "centre crop of a tall one": ((480, 640), (256, 256)),
+    "padded": ((1920, 1080), (512, 512)),
+    "a little": ((640, 560), (256, 256)),
+    "tiny": ((640, 480), (16, 16)),
+    "squeezed": ((512, 512), (512, 128)),
+    "floats": ((640.0, 480.0), (256, 256)),
+}
+RESIZED = {
+    "as it was": ((640, 480), (640, 480)),
+    "smaller side 256": ((1023, 683), (383, 256)),
+    "larger side 256": ((1023, 683), (256, 171)),
+    "cut to whole pixels": ((1023, 683), (256, 170)),
+    "enlarged": ((80, 60), (640, 480)),
+    "square": ((640, 640), (256, 256)),
+    "nearly square": ((640, 630), (256, 256)),
+    "tiny": ((640, 480), (8, 6)),
+    "tiny, rounded": ((1000, 30), (256, 8)),
+    "a line": ((10_000, 10), (256, 1)),
+    "a dot": ((640, 400), (1, 1)),
+    "turned as EXIF told": ((640, 480), (480, 640)),
+    "as text": (("640", "480"), (256, 256)),
+    "zero": ((0, 480), (256, 256)),
+    "negative": ((-640, 480), (256, 256)),
+    "NaN": ((float("nan"), 480), (256, 256)),
+    "infinite": ((float("inf"), 480), (256, 256)),
+    "null": ((None, None), (256, 256)),
+    "one null": ((640, None), (256, 256)),
+    "true": ((True, 480), (256, 256)),
+    "lists": (([640], [480]), (256, 256)),
+}
+
+
+def sized(grit, sizes):
+    (width, height), stored = sizes
+    image = grit.encode(grit.image(*stored[::-1]))
+    return grit.sample("1", image, original_width=width, original_height=height)
+
+
+@pytest.mark.parametrize("name", CROPPED)
+def test_picture_that_was_cropped_or_padded_is_refused(grit, read, name):
+    good, (reject,) = read(sized(grit, CROPPED[name]))
+    assert good == {}
+    assert (reject.key, reject.reason, reject.regions) == ("1", "cropped_image", 2)
+    assert "keep_ratio or no" in reject.detail
+
+
+@pytest.mark.parametrize("name", RESIZED)
+def test_picture_that_was_only_resized_is_taken(grit, read, name):
+    good, rejects = read(sized(grit, RESIZED[name]))
+    assert (list(good), rejects) == (["1"], [])
+
+
+def test_picture_that_exif_turns_is_taken(grit, read):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = grit.encode(grit.image(), exif=exif)
+    good, _ = read(grit.sample("1", image, original_width=800, original_height=600))
+    assert (good["1"].width, good["1"].height) == (60, 80)
 
 
 # --- one bad phrase costs itself alone ---------------------------------------------------------
@@ -130,6 +251,7 @@ BAD_PHRASES = {
     "too short": ([0, 9, 0.1, 0.2, 0.5], "bad_phrase"),
     "text for a number": ([0, 9, "0.1", 0.2, 0.5, 0.8, 0.9], "bad_phrase"),
     "null": ([0, 9, None, 0.2, 0.5, 0.8, 0.9], "bad_phrase"),
+    "true for a number": ([0, 9, 0.1, 0.2, True, 0.8, 0.9], "bad_phrase"),
     "no list": ({"start": 0}, "bad_phrase"),
     "span beyond the caption": ([20, 26, 0.1, 0.2, 0.5, 0.8, 0.9], "bad_span"),
     "span below zero": ([-5, 9, 0.1, 0.2, 0.5, 0.8, 0.9], "bad_span"),
@@ -208,6 +330,7 @@ BAD_SAMPLES = {
     "json nested": (lambda g: with_json(g, b"[" * 100_000), "bad_json", 0),
     "letters in the key": (lambda g: g.sample("2b"), "bad_key", 2),
     "dot in the key": (lambda g: g.sample("2.5"), "bad_key", 2),
+    "65 digits in the key": (lambda g: g.sample("2" * 65), "bad_key", 2),
     "other digits in the key": (lambda g: g.sample("\u0662"), "bad_key", 2),
     "key like a mark of ours": (lambda g: g.sample("truncated"), "bad_key", 2),
     "no phrases": (lambda g: g.sample("2", ref_exps=[]), "no_phrases", 0),
@@ -271,9 +394,14 @@ def test_what_is_no_tar_is_a_bad_shard(tmp_path, make, data):
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
 
 
+def test_parquet_file_is_a_bad_shard_that_says_who_reads_it(tmp_path):
+    with pytest.raises(BadShardError, match=r"a\.parquet is no tar; .*GritParquetSource"):
+        list(GritSource().read(f"{tmp_path}/a.parquet"))
+
+
 def test_missing_file_is_a_bad_shard(tmp_path):
     with pytest.raises(BadShardError, match="No such file"):
-        list(GritSource().read(tmp_path / "nowhere.tar"))
+        list(GritSource().read(str(tmp_path / "nowhere.tar")))
 
 
 # Where the tar ends -> the whole samples before that, and whether an unfinished one follows.
@@ -319,13 +447,13 @@ def test_damaged_header_is_not_taken_for_the_end(grit, make, tmp_path):
 @pytest.fixture(scope="module")
 def photo_samples(photos):
     tars = sorted((photos / "grit").glob("*.tar"))
-    return [item for tar in tars for item in GritSource().read(tar)]
+    return [item for tar in tars for item in GritSource().read(str(tar))]
 
 
 def test_photographs_are_all_kept_to_the_byte(photo_samples):
     assert len(photo_samples) == 96
     assert all(isinstance(item, SourceSample) for item in photo_samples)
-    assert not any(item.image.reencoded for item in photo_samples)
+    assert not any(read_image(item.image).reencoded for item in photo_samples)
     assert sum(len(item.phrases) + len(item.rejects) for item in photo_samples) == 216
 
 
@@ -333,7 +461,7 @@ def test_every_phrase_of_the_photographs_gets_a_mask_or_a_reason(photos, tmp_pat
     config = PipelineConfig(GritSource(), BoxSegmenter())
     masks, rejects = 0, Counter()
     for index, tar in enumerate(sorted((photos / "grit").glob("*.tar"))):
-        manifest = process_shard(ShardTask(tar, index), tmp_path, config)
+        manifest = process_shard(ShardTask(str(tar), index), tmp_path, config)
         rejects.update(manifest.rejects)
         assert manifest.input["regions"] == manifest.regions + manifest.rejected_regions
         for sample in read_shard(tmp_path / manifest.tar):

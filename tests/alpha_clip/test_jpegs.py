@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from alpha_clip.jpegs import read_image, strip_exif
 from alpha_clip.regions import SampleError
-from data_pipeline.images import read_image, strip_exif
 
 ORIENTATION, DESCRIPTION = 0x0112, 0x010E
 # What the stored pixels have to go through to be seen upright, by EXIF's definition.

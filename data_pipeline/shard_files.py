@@ -1,0 +1,183 @@
+"""The file that holds a shard's samples: a tar with the pictures, or a sidecar beside theirs."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, ClassVar, Literal
+
+from alpha_clip.regions import (
+    IMAGE_EXTENSIONS,
+    RegionSample,
+    SampleError,
+    join_sidecar,
+    pack_entry,
+    pack_sample,
+    parse_entry,
+    parse_sample,
+)
+from data_pipeline.locks import hold
+from data_pipeline.sources.base import BadShardError, StorageError
+from data_pipeline.sources.tars import read_groups
+
+Layout = Literal["tar", "sidecar"]
+_BLOCK = 1 << 20
+
+
+class ShardFile(ABC):
+    """A file that is being written.
+
+    Args:
+        path: Where.
+    """
+
+    suffix: ClassVar[str]
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: IO[bytes] = path.open("wb")
+        hold(self.file)
+
+    @abstractmethod
+    def write(self, sample: RegionSample, picture: bytes) -> None:
+        """Add a sample.
+
+        Args:
+            sample: The sample.
+            picture: Its picture's bytes as they lie in the input.
+
+        Raises:
+            SampleError: If the sample is not sound; the file stays as it was.
+        """
+
+    def close(self) -> None:
+        """Write what is left to write."""
+        self.file.close()
+
+
+class TarShardFile(ShardFile):
+    """`KEY.jpg`, `KEY.json` in turn, in a USTAR archive whose bytes depend on nothing else."""
+
+    suffix: ClassVar[str] = ".tar"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._tar = tarfile.open(fileobj=self.file, mode="w", format=tarfile.USTAR_FORMAT)
+
+    def write(self, sample: RegionSample, picture: bytes) -> None:
+        """Add the stored picture and the record; see `ShardFile.write`."""
+        jpeg, text = pack_sample(sample)
+        for suffix, data in (("jpg", jpeg), ("json", text)):
+            member = tarfile.TarInfo(f"{sample.key}.{suffix}")
+            member.size = len(data)
+            self._tar.addfile(member, io.BytesIO(data))
+        self._tar.members = []  # type: ignore[attr-defined]  # it would remember every member
+
+    def close(self) -> None:
+        """Write the end mark."""
+        try:
+            self._tar.close()
+        finally:
+            super().close()
+
+
+class SidecarShardFile(ShardFile):
+    """A line of JSON a sample; the pictures stay in the input."""
+
+    suffix: ClassVar[str] = ".regions.jsonl"
+
+    def write(self, sample: RegionSample, picture: bytes) -> None:
+        """Add a line; see `ShardFile.write`."""
+        self.file.write(pack_entry(sample, picture))
+
+
+SHARD_FILES: dict[Layout, type[ShardFile]] = {"tar": TarShardFile, "sidecar": SidecarShardFile}
+
+
+def read_shard(path: Path) -> Iterator[RegionSample]:
+    """Yield the samples of a tar, refusing whatever is not exactly as it should be.
+
+    Raises:
+        OSError: If a member is damaged, missing or out of place.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = iter(tar)
+            for jpg in members:
+                text = next(members, None)
+                key = jpg.name.removesuffix(".jpg")
+                if text is None or (jpg.name, text.name) != (f"{key}.jpg", f"{key}.json"):
+                    raise OSError(f"{path}: expected KEY.jpg and KEY.json in turn, got {jpg.name}")
+                image, record = tar.extractfile(jpg), tar.extractfile(text)
+                if image is None or record is None:
+                    raise OSError(f"{path}: {key} is not a plain file")
+                yield parse_sample(key, image.read(), record.read())
+    except (tarfile.TarError, SampleError) as error:
+        raise OSError(f"{path} is damaged: {error}") from error
+
+
+def read_sidecar(path: Path) -> Iterator[RegionSample]:
+    """Yield the samples of a sidecar, without their pictures.
+
+    Raises:
+        OSError: If a line is not exactly as it should be.
+    """
+    try:
+        with path.open("rb") as lines:
+            for line in lines:
+                yield parse_entry(line).sample
+    except SampleError as error:
+        raise OSError(f"{path} is damaged: {error}") from error
+
+
+def read_sidecar_with_pictures(path: Path, tar: str) -> Iterator[RegionSample]:
+    """Yield the samples of a sidecar with their pictures.
+
+    Args:
+        path: The sidecar.
+        tar: Path or URL of the input.
+
+    Raises:
+        OSError: If a line is damaged, or its picture is missing, damaged or another.
+    """
+    pictures = (
+        (key, members[extension])
+        for key, members in read_groups(tar)
+        if key is not None
+        for extension in IMAGE_EXTENSIONS
+        if extension in members
+    )
+    try:
+        with path.open("rb") as lines:
+            for sample in join_sidecar(lines, pictures):
+                if isinstance(sample, SampleError):
+                    raise OSError(f"{path} with {tar}: {sample}")
+                yield sample
+    except (BadShardError, StorageError) as error:
+        raise OSError(f"the pictures of {path} are not to be had: {error}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """Return a file's digest, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_back(layout: Layout, path: Path) -> tuple[int, int]:
+    """Read a finished file strictly; return its number of samples and of regions.
+
+    Raises:
+        OSError: If anything in it is not as it should be.
+    """
+    samples = regions = 0
+    for sample in read_shard(path) if layout == "tar" else read_sidecar(path):
+        samples += 1
+        regions += len(sample.regions)
+    return samples, regions
