@@ -7,10 +7,13 @@ not finished, and the manifest's counts are the only thing that notices a trunca
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import fsspec
 import webdataset as wds
@@ -114,14 +117,41 @@ def _from_tar(
     shard: Shard, drops: Drops, part: int, parts: int
 ) -> Iterator[RegionSample | SampleError]:
     # A shard is read from start to end, so the samples come in order.
-    raws = wds.tarfile_to_samples(handler=_noted(shard, drops, part))([{"url": str(shard.file)}])
-    for raw in islice(raws, part, None, parts):
+    note = _noted(shard, drops, part)
+    raws = wds.tarfile_to_samples(handler=note)([{"url": str(shard.file)}])
+    seen: set[str] = set()
+    for number, raw in enumerate(chain(raws, _behind_damage(shard, seen))):
+        seen.add(raw["__key__"])
+        if number % parts != part:
+            continue
         try:
             if not raw.keys() >= {"jpg", "json"}:
                 raise SampleError("incomplete", f"{raw['__key__']} lacks its jpg or its json")
             yield parse_sample(raw["__key__"], raw["jpg"], raw["json"])
         except SampleError as error:
             yield error
+
+
+def _behind_damage(shard: Shard, seen: set[str]) -> Iterator[dict[str, Any]]:
+    """Yield what webdataset did not reach: it takes a damaged header for the end of a tar."""
+    if len(seen) >= shard.samples:
+        return
+    raw: dict[str, Any] = {}
+    with (
+        suppress(tarfile.TarError, OSError),  # noted before, and what is lost is counted
+        tarfile.open(shard.file, ignore_zeros=True) as tar,  # skips what is no header
+    ):
+        for member in tar:
+            name = PurePosixPath(member.name)
+            if name.stem in seen or not member.isfile():
+                continue
+            if raw and raw["__key__"] != name.stem:
+                yield raw
+                raw = {}
+            file = tar.extractfile(member)
+            raw |= {"__key__": name.stem, name.suffix[1:]: file.read() if file else b""}
+    if raw:
+        yield raw
 
 
 def _from_sidecar(

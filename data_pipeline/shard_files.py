@@ -145,11 +145,10 @@ def read_sidecar_with_pictures(path: Path, tar: str) -> Iterator[RegionSample]:
         OSError: If a line is damaged, or its picture is missing, damaged or another.
     """
     pictures = (
-        (key, members[extension])
-        for key, members in read_groups(tar)
-        if key is not None
+        (group.key, group.members[extension])
+        for group in read_groups(tar)
         for extension in IMAGE_EXTENSIONS
-        if extension in members
+        if extension in group.members
     )
     try:
         with path.open("rb") as lines:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
 from alpha_clip.regions import IMAGE_EXTENSIONS, SampleError
 from data_pipeline.sources.base import BadShardError, Reject, SourceSample
 from data_pipeline.sources.grit_records import GritRecords
-from data_pipeline.sources.tars import Members, read_groups
+from data_pipeline.sources.tars import Group, Members, read_groups
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,22 @@ class GritSource(GritRecords):
                 "data_pipeline.sources.grit_parquet.GritParquetSource"
             )
         seen: set[str] = set()
-        for key, members in read_groups(shard):
-            if key is None:
-                yield Reject("", None, "truncated_tar", f"{shard} ends early or is damaged")
+        for group in read_groups(shard):
+            if not group.members:
+                where = f"{shard} ends early" if group.fault == "truncated_tar" else shard
+                yield Reject("", None, str(group.fault), f"a sample is lost: {where}")
                 continue
-            try:
-                record = _record(key, members)
-            except SampleError as error:
-                yield Reject(key, None, error.reason, error.detail)
-                continue
-            yield self.build(key, record, partial(_image, members), seen)
+            item = self._item(group, seen)
+            if group.fault and isinstance(item, Reject):
+                item = replace(item, reason=group.fault)
+            yield item
+
+    def _item(self, group: Group, seen: set[str]) -> SourceSample | Reject:
+        try:
+            record = _record(group.key, group.members)
+        except SampleError as error:
+            return Reject(group.key, None, error.reason, error.detail)
+        return self.build(group.key, record, partial(_image, group.members), seen)
 
 
 def _image(members: Members) -> bytes:

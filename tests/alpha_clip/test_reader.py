@@ -1,6 +1,8 @@
+import io
 import json
 import re
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -115,8 +117,6 @@ def test_what_a_truncated_tar_lost_is_counted(folder: Path, share: float) -> Non
 
 def test_a_tar_cut_between_samples_is_noticed(folder: Path) -> None:
     """Such a tar reads without any error; the manifest's count alone tells."""
-    import tarfile
-
     shard = find_shards([str(folder)])[0]
     with tarfile.open(shard.file) as tar:
         end = next(m.offset for m in tar if m.name == "2.jpg")
@@ -137,6 +137,23 @@ def test_a_corrupt_member_is_counted_and_the_others_are_read(folder: Path) -> No
     assert drops == {"bad_json": 1}
 
 
+@pytest.mark.parametrize(("member", "left"), [("0.jpg", "12"), ("1.jpg", "02"), ("1.json", "02")])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_damaged_header_costs_its_own_sample(
+    folder: Path, member: str, left: str, parts: int
+) -> None:
+    shard = find_shards([str(folder)])[0]
+    with tarfile.open(shard.file) as tar:
+        start = next(m.offset for m in tar if m.name == member)
+    data = bytearray(shard.file.read_bytes())
+    data[start + 130] ^= 8  # a digit of its size
+    shard.file.write_bytes(data)
+    found = [read(shard, part, parts) for part in range(parts)]
+    assert sorted(s.key for samples, _ in found for s in samples) == list(left)
+    lost = sum(d["incomplete"] + d["lost_in_tar"] for _, d in found)
+    assert lost == 1
+
+
 def test_a_corrupt_picture_is_counted(folder: Path) -> None:
     shard = find_shards([str(folder)])[0]
     data = shard.file.read_bytes()
@@ -147,9 +164,6 @@ def test_a_corrupt_picture_is_counted(folder: Path) -> None:
 
 
 def test_a_sample_without_its_json_is_counted(folder: Path) -> None:
-    import io
-    import tarfile
-
     shard = find_shards([str(folder)])[0]
     buffer = io.BytesIO()
     with tarfile.open(shard.file) as tar, tarfile.open(fileobj=buffer, mode="w") as out:

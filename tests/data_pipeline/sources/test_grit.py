@@ -437,8 +437,9 @@ def test_damaged_header_is_not_taken_for_the_end(grit, make, tmp_path):
     data[start : start + 512] = b"\x55" * 512
     path.write_bytes(bytes(data))
     manifest, keys = make(path=path)
-    assert keys == ["1"]
-    assert manifest.rejects == {"truncated_tar": 1}
+    assert keys == ["1", "3"]
+    assert manifest.rejects == {"damaged_tar": 1}
+    assert (manifest.input["samples"], manifest.input["regions"]) == (3, 6)
 
 
 # --- the photographs ---------------------------------------------------------------------------

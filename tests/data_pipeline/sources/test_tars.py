@@ -40,7 +40,8 @@ def groups(tmp_path):
     def read(data):
         path = tmp_path / "in.tar"
         path.write_bytes(data)
-        return [(key, " ".join(members)) for key, members in read_groups(str(path))]
+        found = read_groups(str(path))
+        return [(g.key if g.members else g.fault, " ".join(g.members)) for g in found]
 
     return read
 
@@ -91,8 +92,8 @@ def test_file_of_a_stated_terabyte_is_not_read_whole(groups, monkeypatch, tmp_pa
     sparse.pax_headers = {"GNU.sparse.map": "0,5", "GNU.sparse.size": str(1 << 40)}
     with tarfile.open(tmp_path / "in.tar", "w", format=tarfile.PAX_FORMAT) as made:
         made.addfile(sparse, io.BytesIO(b"x" * 5))
-    ((_, members),) = (g for g in read_groups(str(tmp_path / "in.tar")) if g[0])
-    assert len(members["jpg"]) == 1 << 20
+    group = next(read_groups(str(tmp_path / "in.tar")))
+    assert len(group.members["jpg"]) == 1 << 20
 
 
 # --- how a tar ends ----------------------------------------------------------------------------
@@ -115,7 +116,7 @@ def test_tar_that_ends_early_is_never_taken_for_a_whole_one(tar, groups):
             found = groups(data[:end])
         except BadShardError:
             continue
-        assert found == [*[(key, WHOLE) for key in "123"[: len(found) - 1]], (None, "")]
+        assert found == [*[(key, WHOLE) for key in "123"[: len(found) - 1]], ("truncated_tar", "")]
 
 
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
@@ -127,7 +128,7 @@ def test_compressed_tar_that_ends_early_loses_no_sample_silently(tar, groups, ki
         except BadShardError:
             continue
         whole = [(key, WHOLE) for key in "123"]
-        assert found in (whole, [*whole[: len(found) - 1], (None, "")])
+        assert found in (whole, [*whole[: len(found) - 1], ("truncated_tar", "")])
 
 
 @pytest.mark.parametrize("zeros", [512, 1024, 10_240, 1 << 16])
@@ -140,12 +141,12 @@ def test_tail_of_zeros_is_not_taken_for_the_end(tar, groups):
     data = tar([str(i) for i in range(60)])
     half = len(data) // 2
     found = groups(data[:half] + bytes(len(data) - half))
-    assert found[-1] == (None, "")
+    assert found[-1] == ("truncated_tar", "")
     assert 20 < len(found) < 40
 
 
 def test_tar_behind_another_is_noticed(tar, groups):
-    assert groups(tar("12") + tar("34")) == [("1", WHOLE), ("2", WHOLE), (None, "")]
+    assert groups(tar("12") + tar("34")) == [("1", WHOLE), ("2", WHOLE), ("truncated_tar", "")]
 
 
 def test_tar_without_members_is_empty(tar, groups):
@@ -172,6 +173,71 @@ def test_damage_of_any_kind_is_a_reject_or_a_bad_shard(grit, tmp_path, tar, seed
             list(GritSource().read(str(path)))
 
 
+# --- a damaged header costs its own sample -----------------------------------------------------
+
+# Which headers are damaged -> what is read. Samples are 1, 2, 3, each with jpg, txt and json.
+HURT = {
+    "jpg": (["2.jpg"], [("1", WHOLE, None), ("2", "txt json", "damaged_tar"), ("3", WHOLE, None)]),
+    "txt": (["2.txt"], [("1", WHOLE, None), ("2", "jpg json", None), ("3", WHOLE, None)]),
+    "json": (["2.json"], [("1", WHOLE, None), ("2", "jpg txt", "damaged_tar"), ("3", WHOLE, None)]),
+    "two of them": (
+        ["2.jpg", "2.txt"],
+        [("1", WHOLE, None), ("2", "json", "damaged_tar"), ("3", WHOLE, None)],
+    ),
+    "a whole sample": (
+        ["2.jpg", "2.txt", "2.json"],
+        [("1", WHOLE, None), ("", "", "damaged_tar"), ("3", WHOLE, None)],
+    ),
+    "the first sample's second": (
+        ["1.json"],
+        [("1", "jpg txt", "damaged_tar"), ("2", WHOLE, None), ("3", WHOLE, None)],
+    ),
+    "the last": (
+        ["3.json"],
+        [("1", WHOLE, None), ("2", WHOLE, None), ("3", "jpg txt", "damaged_tar")],
+    ),
+    "all of the last sample": (
+        ["3.jpg", "3.txt", "3.json"],
+        [("1", WHOLE, None), ("2", WHOLE, None), ("", "", "damaged_tar")],
+    ),
+    "across two samples": (
+        ["2.json", "3.jpg"],
+        [("1", WHOLE, None), ("2", "jpg txt", "damaged_tar"), ("3", "txt json", "damaged_tar")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HURT)
+@pytest.mark.parametrize("kind", PACK)
+def test_reading_goes_on_behind_a_damaged_header(grit, tar, tmp_path, name, kind):
+    headers, expected = HURT[name]
+    data, path = bytearray(tar("123")), tmp_path / "made.tar"
+    for header in headers:
+        data[grit.offsets(path)[header][0] + 130] ^= 8  # a digit of its size or time
+    path.write_bytes(PACK[kind](bytes(data)))
+    found = [(g.key, " ".join(g.members), g.fault) for g in read_groups(str(path))]
+    assert found == expected
+
+
+def test_a_flipped_bit_in_any_header_costs_at_most_its_sample(grit, tar, tmp_path):
+    """And what came in is what is there plus what was rejected."""
+    data, path = tar("1234"), tmp_path / "made.tar"
+    offsets = grit.offsets(path)
+    chance = random.Random(0)
+    for header, (start, _) in list(offsets.items())[1:]:
+        for _ in range(12):
+            damaged = bytearray(data)
+            damaged[start + chance.randrange(500)] ^= 1 << chance.randrange(8)
+            path.write_bytes(damaged)
+            items = list(GritSource().read(str(path)))
+            rejects = [item.reason for item in items if isinstance(item, Reject)]
+            keys = [item.key for item in items if not isinstance(item, Reject)]
+            lost = {} if header.endswith("txt") else {header[0]}
+            assert {*"1234"} - {*keys} <= {*lost}
+            assert len(items) == 4
+            assert set(rejects) <= {"damaged_tar"}
+
+
 # --- storages ----------------------------------------------------------------------------------
 
 
@@ -182,7 +248,7 @@ def test_failure_in_the_middle_is_never_taken_for_an_early_end(tar, flaky, kind)
         with pytest.raises(StorageError, match="connection reset by peer"):
             list(read_groups("flaky://0.tar"))
     flaky.fail_at = None
-    assert [key for key, _ in read_groups("flaky://0.tar")] == list("123")
+    assert [group.key for group in read_groups("flaky://0.tar")] == list("123")
 
 
 def test_storage_package_that_is_missing_is_no_bad_shard():
@@ -219,7 +285,7 @@ def test_http_tar_streams(server, large, fault):
     found = read_groups(f"{server.url}/0.tar")
     next(found)
     assert len(server.requests) <= 2  # its size, and the first block
-    assert [key for key, _ in found] == [str(i) for i in range(1, 12)]
+    assert [group.key for group in found] == [str(i) for i in range(1, 12)]
     assert len(server.requests) <= 6
 
 
@@ -227,7 +293,7 @@ def test_http_tar_streams(server, large, fault):
 def test_http_failure_is_never_taken_for_an_early_end(server, large, fault):
     server.files["/0.tar"], server.fault = large, fault
     found = read_groups(f"{server.url}/0.tar")
-    assert [key for key, _ in (next(found), next(found))] == ["0", "1"]
+    assert [group.key for group in (next(found), next(found))] == ["0", "1"]
     with pytest.raises(StorageError):
         list(found)
 
