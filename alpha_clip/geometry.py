@@ -73,6 +73,9 @@ def _interpolate(part: Tensor, target: list[int], mode: InterpolationMode) -> Te
     lie = target[1] == 1 and target[0] > 1 and part.is_floating_point()
     if lie:
         part, target = part.mT, target[::-1]
+    if part.ndim == 3 and part.stride(0) == 1:
+        # Cut out of an image whose channels lie together: torch wants its rows together, too.
+        part = part.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     resized: Tensor = F.resize(part, target, mode, antialias=True)
     return resized.mT if lie else resized
 

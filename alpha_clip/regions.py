@@ -219,7 +219,9 @@ def _mask_to_alpha(mask: NDArray[Any]) -> NDArray[np.uint8]:
     alpha: NDArray[np.uint8]
     if mask.dtype.kind not in "biuf":
         raise TypeError(f"a mask must be bool, whole numbers or floating, got {mask.dtype}")
-    if mask.dtype.kind == "f":
+    if mask.dtype == bool:  # every stored mask: nothing to check
+        alpha = np.multiply(mask, 255, dtype=np.uint8)
+    elif mask.dtype.kind == "f":
         _check_range("f", float(mask.min()), float(mask.max()))
         alpha = np.round(mask * 255).astype(np.uint8)
     else:

@@ -46,8 +46,9 @@ class Normalisation:
 
     def rgb(self, pixels: Shaped[Tensor, "*batch 3 height width"]) -> Float[Tensor, ...]:
         """Normalise colour, uint8 0..255 or floating 0..1."""
-        unit = pixels if pixels.is_floating_point() else pixels.float().div_(255)
-        rgb: Tensor = F.normalize(unit, list(self.mean), list(self.std))
+        ours = not pixels.is_floating_point()  # then it may be changed in place
+        unit = pixels.float().div_(255) if ours else pixels
+        rgb: Tensor = F.normalize(unit, list(self.mean), list(self.std), inplace=ours)
         return rgb
 
     def alpha(self, alpha: UInt8[Tensor, "*batch 1 height width"]) -> Float[Tensor, ...]:
