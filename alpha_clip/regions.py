@@ -28,13 +28,7 @@ from alpha_clip.jpegs import (
     upright_size,
 )
 from alpha_clip.rle import decode_rle, encode_rle, rle_area
-from alpha_clip.samples import (
-    PhraseKind,
-    RegionAnnotation,
-    RegionSample,
-    pack_sample,
-    parse_sample,
-)
+from alpha_clip.samples import PhraseKind, RegionAnnotation, RegionSample, pack_sample, parse_sample
 from alpha_clip.sidecar import SidecarEntry, join_sidecar, pack_entry, parse_entry
 
 if TYPE_CHECKING:  # data pipelines start faster without it
