@@ -30,6 +30,7 @@ from data_pipeline.shards import ShardManifest, ShardWriter
 from data_pipeline.sources.base import BoxedPhrase, Reject, Source, SourceSample
 
 _ENOUGH = 100  # samples that say something about a rate
+_HOPELESS = 32  # pictures that fail in the segmenter, if none has worked before
 
 
 @dataclass(frozen=True)
@@ -131,14 +132,16 @@ def process_shard(
         size = config.segmenter.batch_size()
         items = _prepare_all(config.source.read(task.path), config, clock)
         batches = iter(lambda: list(islice(items, size)), [])
-        failed = tried = 0
+        failures: list[SampleError] = []
+        tried = 0
         for batch in _ahead(batches) if size > 1 else batches:
-            failures = _finish(batch, writer, config, clock)
-            failed += len(failures)
+            failures += _finish(batch, writer, config, clock)
             tried += sum(item.sample is not None for item in batch)
             clock.tick(len(batch))
-            if failed == tried >= max(2, size):
-                raise RuntimeError(f"the segmenter failed on every picture: {failures[-1]}")
+            if len(failures) == tried >= _HOPELESS:
+                break
+        if len(failures) == tried >= 2:
+            raise RuntimeError(f"the segmenter failed on every picture: {failures[-1]}")
         _check_rate(writer, config)
         with clock.stage("commit"):
             return writer.commit(config.hash, task.path)

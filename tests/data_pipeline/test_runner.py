@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alpha_clip.regions import decode_rle
-from data_pipeline import shards
+from data_pipeline import runner, shards
 from data_pipeline.filters import Filters
 from data_pipeline.planning import RunSummary, plan
 from data_pipeline.runner import PipelineConfig, ShardTask, process_shard
@@ -271,10 +271,11 @@ def test_batches_give_what_one_by_one_gives(many, tmp_path, size):
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_a_picture_that_fails_gets_nobody_elses_masks(many, tmp_path, size):
+@pytest.mark.parametrize("bad", [(81, 86), (80, 81), (86, 87)])
+def test_a_picture_that_fails_gets_nobody_elses_masks(many, tmp_path, size, bad):
     _, expected = made(ShardTask(many, 0), tmp_path / "alone", BoxSegmenter())
-    manifest, samples = made(ShardTask(many, 0), tmp_path / "out", Batches(size, bad=(81, 86)))
-    assert samples == [s for s in expected if s.w not in (81, 86)]
+    manifest, samples = made(ShardTask(many, 0), tmp_path / "out", Batches(size, bad=bad))
+    assert samples == [s for s in expected if s.w not in bad]
     assert manifest.rejects["segmenter_failed"] == 2
     assert (manifest.rejected_samples, manifest.input["samples"]) == (4, 10)
     assert (manifest.regions, manifest.rejected_regions) == (12, 6)
@@ -284,6 +285,21 @@ def test_a_segmenter_that_never_works_stops_the_run(many, tmp_path):
     with pytest.raises(RuntimeError, match=r"failed on every picture: .*cannot encode this"):
         made(ShardTask(many, 0), tmp_path / "out", Batches(1, bad=tuple(range(80, 90))))
     assert files(tmp_path / "out") == []
+
+
+def test_a_segmenter_that_never_works_is_given_up_early(grit, tmp_path, monkeypatch):
+    asked = []
+
+    class Never(BoxSegmenter):
+        def segment(self, rgb, boxes_xyxy_px):
+            asked.append(1)
+            raise ValueError("no")
+
+    monkeypatch.setattr(runner, "_HOPELESS", 5)
+    path = str(grit.tar(tmp_path / "in.tar", *(grit.sample(str(i)) for i in range(30))))
+    with pytest.raises(RuntimeError, match="failed on every picture"):
+        made(ShardTask(path, 0), tmp_path / "out", Never())
+    assert len(asked) == 5
 
 
 def test_phrases_with_one_box_share_its_mask(grit, tmp_path):
