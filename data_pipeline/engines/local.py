@@ -7,7 +7,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    CancelledError,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from copy import copy
 from dataclasses import dataclass
@@ -74,7 +80,8 @@ class LocalEngine(Engine):
     ) -> Iterator[Outcome]:
         # A pool of one process for each worker: when one is killed, the standard pool gives up all
         # of its processes (and multiprocessing.Pool waits for ever).
-        slots = [_Slot() for _ in range(workers)]
+        over = threading.Event()
+        slots = [_Slot(over) for _ in range(workers)]
         free: SimpleQueue[_Slot] = SimpleQueue()
         for slot in slots:
             free.put(slot)
@@ -82,7 +89,7 @@ class LocalEngine(Engine):
         def work(task: ShardTask) -> Outcome:
             slot = free.get()
             try:
-                return self._try(task, lambda t: slot.attempt(t, output, config))
+                return self._try(task, lambda t: slot.attempt(t, output, config), over.wait)
             finally:
                 free.put(slot)
 
@@ -97,15 +104,21 @@ class LocalEngine(Engine):
                     told = samples
                     yield from (future.result() for future in done)
             finally:  # also when something systemic is wrong, or the caller has had enough
+                over.set()
                 for future in pending:
                     future.cancel()
                 for slot in slots:
-                    slot.close()
+                    slot.stop()
 
-    def _try(self, task: ShardTask, make: Callable[[ShardTask], Outcome]) -> Outcome:
+    def _try(
+        self,
+        task: ShardTask,
+        make: Callable[[ShardTask], Outcome],
+        pause: Callable[[float], object] = time.sleep,
+    ) -> Outcome:
         failure = ""
         for number in range(self.attempts):
-            time.sleep(number * self.pause_s)
+            pause(number * self.pause_s)
             try:
                 return make(task)
             except StorageError as error:
@@ -118,34 +131,33 @@ class LocalEngine(Engine):
 class _Slot:
     """A place for one worker process, started when it is needed and again when it died.
 
+    Args:
+        over: Set when the run has ended; no worker is started after that.
+
     Attributes:
         samples: How many its workers have done; only they write it, so nobody waits for a lock.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, over: threading.Event) -> None:
+        self._over = over
         self._spawn = get_context("spawn")
         self.samples = self._spawn.RawValue("Q", 0)
         self._pool: ProcessPoolExecutor | None = None
-        self._closed = False
 
     def attempt(self, task: ShardTask, output: Path, config: PipelineConfig) -> Outcome:
         """Make a shard in the worker; raises `BrokenProcessPool` if that is killed."""
-        if self._closed:
-            raise BrokenProcessPool("the run is over")
+        if self._over.is_set():
+            raise CancelledError
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, self._spawn, _begin, (self.samples,))
         try:
             return self._pool.submit(_attempt, output, config, task).result()
         except BrokenProcessPool:
-            self._stop()
+            self.stop()
             raise
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """End the worker, whatever it does."""
-        self._closed = True
-        self._stop()
-
-    def _stop(self) -> None:
         pool, self._pool = self._pool, None
         if pool is not None:
             # shutdown() alone would wait for the shard, which may take an hour.

@@ -45,6 +45,15 @@ class Breaks(Segmenter):
 
 
 @dataclass(frozen=True)
+class SlowOrBroken(Segmenter):
+    """Works for a minute on wide pictures; fails soon on others, as a device fails."""
+
+    def segment(self, rgb, boxes_xyxy_px):
+        time.sleep(60 if rgb.shape[1] == 90 else 3)
+        raise RuntimeError("CUDA error: device lost")
+
+
+@dataclass(frozen=True)
 class Flaky(GritSource):
     """Reads GRIT from a storage that fails, as often as the file has bytes."""
 
@@ -171,6 +180,17 @@ def test_systemic_error_stops_the_run_and_commits_nothing(inputs, tmp_path, work
     with pytest.raises(RuntimeError, match="device lost"):
         run(inputs, tmp_path / "out", PipelineConfig(GritSource(), Breaks()), workers)
     assert not any(name.endswith("json") for name in contents(tmp_path / "out"))
+
+
+def test_systemic_error_ends_the_other_workers_at_once(grit, tmp_path):
+    """One worker would go on for a minute; the run ends as soon as the other one fails."""
+    wide = str(grit.tar(tmp_path / "0.tar", grit.sample("1", grit.encode(grit.image(width=90)))))
+    plain = str(grit.tar(tmp_path / "1.tar", grit.sample("2")))
+    config = PipelineConfig(GritSource(), SlowOrBroken())
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="device lost"):
+        run([wide, plain], tmp_path / "out", config, 2, LocalEngine(pause_s=30))
+    assert time.monotonic() - start < 25
 
 
 def test_no_worker_outlives_a_run_that_was_killed(inputs, tmp_path):
