@@ -174,6 +174,7 @@ def _begin(samples: Any) -> None:
     global _done
     _done = samples
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _leave)
     parent = parent_process()
 
     def watch() -> None:
@@ -182,6 +183,11 @@ def _begin(samples: Any) -> None:
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _leave(*_: object) -> None:
+    """Unwind on SIGTERM instead of dying, so that a half shard does not stay on a full disk."""
+    raise SystemExit(143)
 
 
 def _attempt(output: Path, config: PipelineConfig, task: ShardTask) -> Outcome:

@@ -191,6 +191,7 @@ def test_systemic_error_ends_the_other_workers_at_once(grit, tmp_path):
     with pytest.raises(RuntimeError, match="device lost"):
         run([wide, plain], tmp_path / "out", config, 2, LocalEngine(pause_s=30))
     assert time.monotonic() - start < 25
+    assert [name for name in contents(tmp_path / "out") if name.startswith(".tmp")] == []
 
 
 def test_no_worker_outlives_a_run_that_was_killed(inputs, tmp_path):
