@@ -17,6 +17,7 @@ from concurrent.futures import (
 from concurrent.futures.process import BrokenProcessPool
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from queue import SimpleQueue
@@ -81,7 +82,7 @@ class LocalEngine(Engine):
         # A pool of one process for each worker: when one is killed, the standard pool gives up all
         # of its processes (and multiprocessing.Pool waits for ever).
         over = threading.Event()
-        slots = [_Slot(over) for _ in range(workers)]
+        slots = [_Slot(i, output, config, over) for i in range(workers)]
         free: SimpleQueue[_Slot] = SimpleQueue()
         for slot in slots:
             free.put(slot)
@@ -89,7 +90,7 @@ class LocalEngine(Engine):
         def work(task: ShardTask) -> Outcome:
             slot = free.get()
             try:
-                return self._try(task, lambda t: slot.attempt(t, output, config), over.wait)
+                return self._try(task, slot.attempt, over.wait)
             finally:
                 free.put(slot)
 
@@ -132,26 +133,32 @@ class _Slot:
     """A place for one worker process, started when it is needed and again when it died.
 
     Args:
+        number: Its number among the places.
+        output: The data set's folder.
+        config: How shards are made; a worker is told once, and keeps the weights.
         over: Set when the run has ended; no worker is started after that.
 
     Attributes:
         samples: How many its workers have done; only they write it, so nobody waits for a lock.
     """
 
-    def __init__(self, over: threading.Event) -> None:
+    def __init__(
+        self, number: int, output: Path, config: PipelineConfig, over: threading.Event
+    ) -> None:
         self._over = over
         self._spawn = get_context("spawn")
         self.samples = self._spawn.RawValue("Q", 0)
+        self._told = (number, output, config, self.samples)
         self._pool: ProcessPoolExecutor | None = None
 
-    def attempt(self, task: ShardTask, output: Path, config: PipelineConfig) -> Outcome:
+    def attempt(self, task: ShardTask) -> Outcome:
         """Make a shard in the worker; raises `BrokenProcessPool` if that is killed."""
         if self._over.is_set():
             raise CancelledError
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(1, self._spawn, _begin, (self.samples,))
+            self._pool = ProcessPoolExecutor(1, self._spawn, _begin, self._told)
         try:
-            return self._pool.submit(_attempt, output, config, task).result()
+            return self._pool.submit(_attempt, task).result()
         except BrokenProcessPool:
             self.stop()
             raise
@@ -166,13 +173,18 @@ class _Slot:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-_done: Any = None  # this worker's count, in memory that its parent sees
+_work: Callable[[ShardTask], Outcome] | None = None  # what this worker was told to do
 
 
-def _begin(samples: Any) -> None:
+def _begin(number: int, output: Path, config: PipelineConfig, samples: Any) -> None:
     """Prepare a worker: let it count, not outlive its run (it would hold a GPU), leave Ctrl-C."""
-    global _done
-    _done = samples
+    global _work
+
+    def count(done: int) -> None:
+        samples.value += done
+
+    config.segmenter.place(number)
+    _work = partial(attempt, output, config, tick=count)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave)
     parent = parent_process()
@@ -190,8 +202,7 @@ def _leave(*_: object) -> None:
     raise SystemExit(143)
 
 
-def _attempt(output: Path, config: PipelineConfig, task: ShardTask) -> Outcome:
-    def count(samples: int) -> None:
-        _done.value += samples
-
-    return attempt(output, config, task, count)
+def _attempt(task: ShardTask) -> Outcome:
+    if _work is None:
+        raise RuntimeError("a worker must be told what to do before it is given a shard")
+    return _work(task)

@@ -41,6 +41,13 @@ class Segmenter(ABC):
             ValueError: If they are missing or damaged.
         """
 
+    def place(self, worker: int) -> None:  # noqa: B027 - most segmenters need no device
+        """Be told, before `load`, which of several workers on this machine this is.
+
+        Args:
+            worker: Its number; with several GPUs, each worker is to take another one.
+        """
+
     def settings(self) -> dict[str, Any]:
         """Return what decides the masks, for the config hash; by default every public field."""
         shown: Any = self

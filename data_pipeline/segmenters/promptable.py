@@ -58,6 +58,7 @@ class PromptableSegmenter(Segmenter):
     boxes_per_batch: int | None = None
     compile: bool = False
     _model: Any = field(default=None, init=False, repr=False, compare=False)
+    _worker: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("images_per_batch", "boxes_per_batch"):
@@ -91,13 +92,20 @@ class PromptableSegmenter(Segmenter):
 
     def take(self, model: nn.Module, encoder: nn.Module) -> None:
         """Keep a model, on the device and ready to predict; compile its `encoder` if asked."""
-        self._model = model.to(pick_device(self.device)).eval()
+        self._model = model.to(self._device()).eval()
         if self.compile:
             encoder.compile()
 
+    def place(self, worker: int) -> None:
+        """Take a GPU by the worker's number, if `device` is `auto`; see `Segmenter.place`."""
+        self._worker = worker
+
+    def _device(self) -> torch.device:
+        return pick_device(self.device, self._worker)
+
     def load(self) -> None:
         """Load the weights, and compile if asked; see `Segmenter.load`."""
-        pick_device(self.device)  # reading weights for a device that is not there takes long
+        self._device()  # reading weights for a device that is not there takes long
         self.build()
         if self.compile:
             try:
@@ -118,7 +126,7 @@ class PromptableSegmenter(Segmenter):
 
     def batch_size(self) -> int:
         """Return how many images are encoded at a time."""
-        on_cpu = pick_device(self.device).type == "cpu"
+        on_cpu = self._device().type == "cpu"
         return self.images_per_batch or (1 if on_cpu else 8)
 
     def segment(
@@ -205,7 +213,7 @@ class PromptableSegmenter(Segmenter):
         return predictions
 
     def _autocast(self) -> torch.autocast:
-        device = pick_device(self.device)
+        device = self._device()
         bf16 = self.precision == "bf16"
         if self.precision == "auto" and device.type == "cuda":
             bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older ones emulate it
@@ -224,14 +232,20 @@ def stability_score(
     return inner / outer.clamp(min=1)
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, worker: int = 0) -> torch.device:
     """Return the device of a name; `auto` is a GPU if there is one, else the CPU.
+
+    Args:
+        name: `auto`, or a name of torch's.
+        worker: Number of the worker that asks; `auto` deals the GPUs out by it.
 
     Raises:
         ValueError: If there is no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda", worker % torch.cuda.device_count())
+        return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

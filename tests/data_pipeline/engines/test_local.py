@@ -44,6 +44,25 @@ class Breaks(Segmenter):
         raise RuntimeError("CUDA error: device lost")
 
 
+@dataclass
+class Notes(Segmenter):
+    """Fills boxes; leaves a note when it loads its weights, as SAM does at its first picture."""
+
+    folder: str
+    _worker: int | None = None
+    _loaded: bool = False
+
+    def place(self, worker):
+        self._worker = worker
+
+    def segment(self, rgb, boxes_xyxy_px):
+        if not self._loaded:
+            assert not Path(self.folder, f"{self._worker}-{os.getpid()}").exists()
+            Path(self.folder, f"{self._worker}-{os.getpid()}").touch()
+            self._loaded = True
+        return BoxSegmenter().segment(rgb, boxes_xyxy_px)
+
+
 @dataclass(frozen=True)
 class SlowOrBroken(Segmenter):
     """Works for a minute on wide pictures; fails soon on others, as a device fails."""
@@ -243,6 +262,18 @@ def wait_for(condition, seconds=25.0):
             return found
         time.sleep(0.05)
     raise AssertionError("it did not happen in time")
+
+
+def test_workers_load_once_and_know_their_numbers(grit, tmp_path):
+    paths = [str(grit.tar(tmp_path / f"{i}.tar", grit.sample(str(i)))) for i in range(6)]
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    config = PipelineConfig(GritSource(), Notes(str(notes)))
+    outcomes = run(paths, tmp_path / "out", config, workers=2)
+    assert sum(outcome.manifest is not None for outcome in outcomes) == 6
+    loaded = [note.name for note in notes.iterdir()]
+    assert 1 <= len(loaded) <= 2  # the first one may do it all
+    assert {name.split("-")[0] for name in loaded} <= {"0", "1"}
 
 
 @pytest.mark.parametrize("workers", [1, 2])

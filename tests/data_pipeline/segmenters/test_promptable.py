@@ -256,3 +256,11 @@ def test_settings_travel_and_the_model_stays(tmp_path):
     assert pickle.loads(pickle.dumps(segmenter)) == segmenter
     segmenter.load()
     assert segmenter.settings() == before
+
+
+def test_workers_share_out_the_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert [pick_device("auto", worker).index for worker in range(5)] == [0, 1, 2, 0, 1]
+    assert pick_device("cpu", 2).type == "cpu"
+    assert pick_device("cuda:1", 2).index == 1
