@@ -92,12 +92,12 @@ class RegionDataModule(L.LightningDataModule):
         self.shuffle = shuffle
         self.workers = workers
         self.seed = seed
+        self.drops = Drops(max(1, workers))
 
     def setup(self, stage: str) -> None:
         """Find the shards; a missing or damaged one stops the run here."""
         self._train_sets = [_shard_set(part) for part in self.train] if stage == "fit" else []
         self._val_sets = [_shard_set(part) for part in self.val]
-        self.drops = Drops(max(1, self.workers))
 
     def teardown(self, stage: str) -> None:
         """Say what was dropped on the way."""

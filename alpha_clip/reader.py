@@ -163,15 +163,19 @@ def _from_sidecar(
 
 def _pictures(shard: Shard, drops: Drops, part: int) -> Iterator[tuple[str, bytes]]:
     """Yield key and bytes of the pictures in the original tar, as far as it can be read."""
-    note = _noted(shard, drops, part)
     try:
-        with fsspec.open(shard.pictures, "rb") as file:
-            for member in wds.tariterators.tar_file_iterator(file, handler=note):
-                name = PurePosixPath(member["fname"])
-                if name.suffix[1:].lower() in IMAGE_EXTENSIONS:
-                    yield name.stem, member["data"]
+        with (
+            fsspec.open(shard.pictures, "rb") as file,
+            tarfile.open(fileobj=file, mode="r|*", ignore_zeros=True) as tar,  # skips damage
+        ):
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # it would remember every one
+                name = PurePosixPath(member.name)
+                content = tar.extractfile(member) if member.isfile() else None
+                if content and name.suffix[1:].lower() in IMAGE_EXTENSIONS:
+                    yield name.stem, content.read()
     except Exception as error:  # noqa: BLE001 - a storage library may raise anything
-        note(error)
+        _noted(shard, drops, part)(error)
 
 
 def _noted(shard: Shard, drops: Drops, part: int) -> Callable[[Exception], bool]:

@@ -9,7 +9,6 @@ import os
 import uuid
 from array import array
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -37,11 +36,6 @@ _COLUMNS = {  # what is measured -> its name in the table
     **{name: name for name in _SCORES},
     "phrase_words": "words a phrase",
 }
-
-
-def _samples(directory: Path, manifest: ShardManifest) -> Iterator[RegionSample]:
-    """Yield a shard's samples with their pictures."""
-    return manifest.read(directory)
 
 
 @dataclass
@@ -164,7 +158,7 @@ def inspect_shards(
     chosen = [pair for pair in zip(manifests, shares, strict=True) if pair[1]]
     for manifest, share in tqdm(chosen, desc="inspect", unit="shard"):
         step = min(_STEP, manifest.samples // share)
-        for sample in islice(_samples(directory, manifest), 0, share * step, step):
+        for sample in islice(manifest.read(directory), 0, share * step, step):
             contents.add(sample)
     contents.describe(found)
     title = (

@@ -279,6 +279,20 @@ def test_a_truncated_original_is_counted(sidecar: Path) -> None:
     assert len(samples) + drops["missing_image"] == 5
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_damaged_header_of_the_original_costs_one_sample(sidecar: Path, parts: int) -> None:
+    tar = sidecar / "in.tar"
+    with tarfile.open(tar) as members:
+        start = next(m.offset for m in members if m.name == "2.png")
+    data = bytearray(tar.read_bytes())
+    data[start + 130] ^= 8  # a digit of its size
+    tar.write_bytes(data)
+    shard = one_shard(sidecar / "sidecar")
+    found = [read(shard, part, parts) for part in range(parts)]
+    assert sorted(s.key for samples, _ in found for s in samples) == ["1", "3", "5", "6"]
+    assert sum(drops["missing_image"] for _, drops in found) == 1
+
+
 def test_damaged_lines_of_a_sidecar_are_counted(sidecar: Path) -> None:
     shard = one_shard(sidecar / "sidecar")
     lines = shard.file.read_bytes().splitlines(keepends=True)

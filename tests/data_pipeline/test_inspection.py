@@ -11,7 +11,7 @@ from PIL import Image
 from alpha_clip.regions import RegionAnnotation, RegionSample, encode_rle
 from data_pipeline import inspection
 from data_pipeline.inspection import Inspection, inspect_shards
-from data_pipeline.shards import ShardWriter, read_manifests
+from data_pipeline.shards import ShardManifest, ShardWriter, read_manifests
 from data_pipeline.sources.base import Reject
 
 # Boxes on whole pixels of 80 x 60: 32 x 36 and 32 x 48.
@@ -210,10 +210,10 @@ def test_one_sample_with_one_region(sample, write, folder, report):
 def keys_read(monkeypatch):
     """Collects the keys that were read from the shards, and those that counted."""
     read, counted = [], []
-    samples, add = inspection._samples, inspection._Contents.add
+    samples, add = ShardManifest.read, inspection._Contents.add
 
-    def noted(directory, manifest):
-        for one in samples(directory, manifest):
+    def noted(manifest, directory):
+        for one in samples(manifest, directory):
             read.append(one.key)
             yield one
 
@@ -221,7 +221,7 @@ def keys_read(monkeypatch):
         counted.append(one.key)
         add(contents, one)
 
-    monkeypatch.setattr(inspection, "_samples", noted)
+    monkeypatch.setattr(ShardManifest, "read", noted)
     monkeypatch.setattr(inspection._Contents, "add", add_noted)
     return read, counted
 
