@@ -42,12 +42,12 @@ def attention_of(visual: nn.Module, block: int = -1) -> Iterator[list[Tensor]]:
         ValueError: If the tower has no blocks of tokens, no such block, or one whose attention
             can't be read; the message names the class.
     """
-    home, attend = _find(visual, block)
+    attend, (home, _) = find_attention(visual, block), find_blocks(visual)
     maps: list[Tensor] = []
     with ExitStack() as stack:
         # Checkpointing would run the block again during backward, when the hooks are gone, and
         # find that it saves other tensors.
-        stack.enter_context(_setting(home, "grad_checkpointing", False))
+        stack.enter_context(setting(home, "grad_checkpointing", False))
         _watcher(attend)(attend, maps.append, stack)
         yield maps
 
@@ -100,7 +100,7 @@ def grid_attention(
         ValueError: If `query` is unknown or asks for a class token that the tower lacks, or the
             tokens are not those of the tower's grid.
     """
-    layout = _Layout.of(visual)
+    layout = TokenLayout.of(visual)
     prefix, (rows, columns) = layout.prefix, layout.grid
     tokens = prefix + rows * columns
     if attention.ndim != 4 or attention.shape[2:] != (tokens, tokens):
@@ -121,8 +121,16 @@ def grid_attention(
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """What the tokens of a tower are: `prefix` class and register tokens, then a patch grid."""
+class TokenLayout:
+    """What the tokens of a tower are: class and register tokens, then a patch grid.
+
+    Attributes:
+        tower: The class of the tower, for messages.
+        prefix: How many tokens come before the patches.
+        grid: Rows and columns of the patches.
+        has_class: Whether the first token is a class token.
+        pools_class: Whether the tower's features come from that one alone.
+    """
 
     tower: str
     prefix: int
@@ -131,8 +139,13 @@ class _Layout:
     pools_class: bool
 
     @classmethod
-    def of(cls, visual: Any) -> _Layout:
-        _find(visual, -1)
+    def of(cls, visual: Any) -> TokenLayout:
+        """Return the layout of a tower.
+
+        Raises:
+            ValueError: If the tower has no blocks of tokens; the message names its class.
+        """
+        find_blocks(visual)
         if not hasattr(visual, "trunk"):
             # open_clip prepends a class token even where it is not pooled.
             pools_class = visual.pool_type == "tok" and visual.attn_pool is None
@@ -151,27 +164,40 @@ class _Layout:
         )
 
 
-def _find(visual: nn.Module, block: int) -> tuple[nn.Module, nn.Module]:
-    """Return what holds the tower's blocks, and the attention of one of them."""
+def find_blocks(visual: nn.Module) -> tuple[nn.Module, nn.ModuleList | nn.Sequential]:
+    """Return what holds a tower's blocks (and says whether they are checkpointed), and the blocks.
+
+    Raises:
+        ValueError: If the tower has no blocks of tokens; the message names its class.
+    """
     trunk = getattr(visual, "trunk", None)
-    tower = type(trunk or visual).__name__
     home: Any = trunk or getattr(visual, "transformer", None)
     blocks = getattr(home, "blocks" if trunk else "resblocks", None)
     # A text tower has blocks as well, EfficientNet has blocks of another kind: but no patches.
     has_patches = hasattr(trunk or visual, "patch_embed" if trunk else "grid_size")
     if not isinstance(blocks, nn.ModuleList | nn.Sequential) or not has_patches:
         raise ValueError(
-            "attention maps need a ViT tower: patches, then blocks in "
-            "visual.transformer.resblocks (open_clip) or visual.trunk.blocks (timm); got "
-            f"{tower}"
+            "attention needs a ViT tower: patches, then blocks in visual.transformer.resblocks "
+            f"(open_clip) or visual.trunk.blocks (timm); got {type(trunk or visual).__name__}"
         )
+    return home, blocks
+
+
+def find_attention(visual: nn.Module, block: int) -> nn.Module:
+    """Return the attention of one block of a tower; negative numbers count from the end.
+
+    Raises:
+        ValueError: If the tower has no blocks of tokens, or not this one.
+    """
+    _, blocks = find_blocks(visual)
     if not -len(blocks) <= block < len(blocks):
         raise ValueError(
-            f"{tower} has {len(blocks)} blocks: expected a block in "
-            f"{-len(blocks)}..{len(blocks) - 1}, got {block}"
+            f"{type(getattr(visual, 'trunk', visual)).__name__} has {len(blocks)} blocks: "
+            f"expected a block in {-len(blocks)}..{len(blocks) - 1}, got {block}"
         )
     # timm's parallel blocks are attention and MLP in one module.
-    return home, getattr(blocks[block], "attn", blocks[block])
+    attend: nn.Module = getattr(blocks[block], "attn", blocks[block])
+    return attend
 
 
 def _watcher(attend: nn.Module) -> Callable[[Any, Record, ExitStack], None]:
@@ -246,13 +272,13 @@ def _watch_timm(attend: Any, record: Record, stack: ExitStack) -> None:
             )
         record(entering.pop())
 
-    stack.enter_context(_setting(attend, "fused_attn", False))
+    stack.enter_context(setting(attend, "fused_attn", False))
     stack.enter_context(attend.attn_drop.register_forward_pre_hook(keep))
     stack.enter_context(attend.register_forward_hook(take))
 
 
 @contextmanager
-def _setting(owner: Any, name: str, value: Any) -> Iterator[None]:
+def setting(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Set an attribute that exists, and put it back."""
     before = getattr(owner, name)
     setattr(owner, name, value)

@@ -63,15 +63,18 @@ def save_checkpoint(model: AlphaClip, directory: str | os.PathLike[str]) -> Path
     Returns:
         The folder.
     """
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
+    return write_checkpoint(describe(model), model.clip.state_dict(), directory)
+
+
+def describe(model: AlphaClip) -> dict[str, Any]:
+    """Return what `open_clip_config.json` says about a model: enough to build it again."""
     n, t = model.normalisation, model.transform
-    record = {
+    return {
         "model_cfg": model.config,
         "preprocess_cfg": {
             "size": t.size,
-            "mean": n.mean,
-            "std": n.std,
+            "mean": list(n.mean),
+            "std": list(n.std),
             "interpolation": t.interpolation,
             "resize_mode": _RESIZE_MODES[t.geometry],
         },
@@ -86,12 +89,35 @@ def save_checkpoint(model: AlphaClip, directory: str | os.PathLike[str]) -> Path
             "versions": {p: _version(p) for p in ("alpha-clip", "open_clip_torch", "torch")},
         },
     }
-    config = folder / (CONFIG_FILE + ".tmp")
-    config.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+def write_checkpoint(
+    record: dict[str, Any], state: dict[str, Tensor], directory: str | os.PathLike[str]
+) -> Path:
+    """Write a folder as `save_checkpoint` does.
+
+    Args:
+        record: As `describe` gives it.
+        state: Weights of both towers and the logit scale.
+        directory: Folder to write to; made if missing.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    config, weights = folder / (CONFIG_FILE + ".tmp"), folder / (WEIGHTS_FILE + ".tmp")
+    plain = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
+    try:
+        config.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        save_file(plain, weights, metadata={"format": "pt"})
+        with weights.open("rb") as file:
+            os.fsync(file.fileno())
+    except BaseException:  # a full disk, say: what was there stays, and nothing half made
+        config.unlink(missing_ok=True)
+        weights.unlink(missing_ok=True)
+        raise
     os.replace(config, folder / CONFIG_FILE)
-    weights = folder / (WEIGHTS_FILE + ".tmp")
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.clip.state_dict().items()}
-    save_file(state, weights, metadata={"format": "pt"})
     os.replace(weights, folder / WEIGHTS_FILE)
     return folder
 
@@ -110,6 +136,24 @@ def read_config(directory: str | os.PathLike[str]) -> CheckpointConfig:
         )
     try:
         record = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file} is not the config of an alpha_clip checkpoint: {error}"
+        ) from error
+    return parse_config(record, str(file))
+
+
+def parse_config(record: Any, origin: str) -> CheckpointConfig:
+    """Check what `describe` gave.
+
+    Args:
+        record: The content of an `open_clip_config.json`.
+        origin: Where it is from, for messages.
+
+    Raises:
+        ValueError: If it is not that.
+    """
+    try:
         ours, size = record["alpha_clip"], record["preprocess_cfg"]
         if ours["format"] != FORMAT:
             raise ValueError(f"format {ours['format']!r}; this version reads format {FORMAT}")
@@ -128,9 +172,10 @@ def read_config(directory: str | os.PathLike[str]) -> CheckpointConfig:
         base = ours.get("base")
         name, model_cfg = str(ours["name"]), dict(record["model_cfg"])
         return CheckpointConfig(name, model_cfg, transform, base)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} is not the config of an alpha_clip checkpoint: {type(error).__name__} {error}"
+            f"{origin} is not the config of an alpha_clip checkpoint: {type(error).__name__} "
+            f"{error}"
         ) from error
 
 

@@ -14,6 +14,7 @@ _COMMANDS = {
     "demo": "the whole road, on drawn scenes or on your own tars, with a report",
     "fit": "train (LightningCLI)",
     "validate": "validate a training checkpoint (LightningCLI)",
+    "phrases": "compute the text features of training data once, for a frozen text tower",
     "eval": "run a benchmark on a model",
     "export": "write a model as a drop-in backbone",
 }
@@ -38,7 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         if command in ("fit", "validate"):
-            _lightning(None if typed else arguments)
+            from alpha_clip.training import TrainingCLI
+
+            TrainingCLI(None if typed else arguments)
         else:
             _call(command, arguments[1:])
     except ModuleNotFoundError as error:
@@ -53,33 +56,6 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _lightning(arguments: list[str] | None) -> None:
-    """Run LightningCLI; YAML keys are the arguments of the module, the data and the trainer."""
-    import warnings
-
-    from lightning.pytorch.cli import LightningCLI
-
-    from alpha_clip.data import RegionDataModule
-    from alpha_clip.module import AlphaClipModule
-
-    for benign in (
-        "is set, but there is no last checkpoint available",  # the first run of `ckpt_path: last`
-        r"Found \d+ module\(s\) in eval mode",  # frozen towers stay in eval mode on purpose
-        "does not have many workers",  # the config says how many
-        "Total length of .list. across ranks is zero",  # no validation data were given
-        "isinstance.treespec, LeafSpec. is deprecated",  # inside Lightning
-    ):
-        warnings.filterwarnings("ignore", f".*{benign}")
-    LightningCLI(
-        AlphaClipModule,
-        RegionDataModule,
-        args=arguments,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "alpha-clip"},
-    )
-
-
 def _call(command: str, arguments: list[str]) -> None:
     """Run one of the commands that are plain functions."""
     from jsonargparse import auto_cli
@@ -89,8 +65,38 @@ def _call(command: str, arguments: list[str]) -> None:
 
         function: Callable[..., object] = demo
     else:
-        function = evaluate if command == "eval" else export
+        functions: dict[str, Callable[..., object]]
+        functions = {"eval": evaluate, "export": export, "phrases": phrases}
+        function = functions[command]
     auto_cli(function, args=arguments, as_positional=False, prog=f"alpha-clip {command}")
+
+
+def phrases(
+    checkpoint: str | None,
+    data: list[str],
+    output: str,
+    name: str | None = None,
+    pretrained: str | None = None,
+    device: str = "cpu",
+    batch_size: int = 256,
+) -> None:
+    """Write the text features of every phrase and caption of region-text shards.
+
+    Args:
+        checkpoint: A folder written by training or by save_checkpoint; null with name and
+            pretrained.
+        data: Folders of finished shards.
+        output: Folder to write, for data.phrases of a training config.
+        name: Architecture, where the checkpoint does not say it.
+        pretrained: Weights of the CLIP to start from: a tag or a file.
+        device: Where to compute them.
+        batch_size: Phrases that go through the tower at a time.
+    """
+    from alpha_clip.phrases import write_phrase_features
+
+    model, _, _ = create_model(name, pretrained, checkpoint, device=device)
+    count = write_phrase_features(model, data, output, batch_size)
+    sys.stdout.write(f"{output}: {count} phrases\n")
 
 
 def evaluate(

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
-import torch
 from torch.utils.data import DataLoader
 
-from alpha_clip.batches import Collate
+from alpha_clip.batches import Collate, RegionBatch
 from alpha_clip.datasets import RegionShards
 from alpha_clip.drops import Drops
 from alpha_clip.geometry import SharedGeometry
+from alpha_clip.loader import TrainingBatches, one_thread
 from alpha_clip.model import AlphaClip
+from alpha_clip.phrases import PhraseFeatures
 from alpha_clip.reader import find_shards
 from alpha_clip.sampling import Sampling
 from alpha_clip.streams import ShardSet
@@ -57,13 +58,19 @@ class RegionDataModule(L.LightningDataModule):
         val: Data sets to validate on; none is none, and weights do not matter.
         batch_size: Images a batch and process.
         sampling: What of an image goes into a training batch.
+        train_geometry: What makes training images, or crops of them, square.
         augment_scale: Smallest and largest crop of training images, as a share of their area.
         flip: Probability of a mirror image in training.
         jitter: Strength of colour jitter in training.
         val_geometry: Geometry of validation images.
-        shuffle: Training samples held back to draw from, each worker.
+        shuffle: Training samples that each worker shuffles together.
         workers: Processes that read and decode.
         seed: Order and choices of training.
+        phrases: Folder of text features made by `alpha-clip phrases` from the training data, for a
+            frozen text tower; by default it encodes each batch's phrases.
+
+    Raises:
+        ValueError: If a number is out of its range.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class RegionDataModule(L.LightningDataModule):
         val: list[str | DataSet] | None = None,
         batch_size: int = 64,
         sampling: Sampling = Sampling(),
+        train_geometry: SharedGeometry = "squash",
         augment_scale: tuple[float, float] = (0.6, 1.0),
         flip: float = 0.0,
         jitter: float = 0.0,
@@ -79,12 +87,23 @@ class RegionDataModule(L.LightningDataModule):
         shuffle: int = 1000,
         workers: int = 2,
         seed: int = 0,
+        phrases: str | None = None,
     ) -> None:
         super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("shuffle", shuffle, 1),
+            ("workers", workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"expected {name} of at least {least}, got {value}")
+        if not train:
+            raise ValueError("expected at least one data set in data.train, got none")
         self.train = train
         self.val = val or []
         self.batch_size = batch_size
         self.sampling = sampling
+        self.train_geometry = train_geometry
         self.augment_scale = augment_scale
         self.flip = flip
         self.jitter = jitter
@@ -92,7 +111,10 @@ class RegionDataModule(L.LightningDataModule):
         self.shuffle = shuffle
         self.workers = workers
         self.seed = seed
+        self.phrases = phrases
         self.drops = Drops(max(1, workers))
+        self._batches: TrainingBatches | None = None
+        self._state: dict[str, Any] | None = None
 
     def setup(self, stage: str) -> None:
         """Find the shards; a missing or damaged one stops the run here."""
@@ -104,8 +126,8 @@ class RegionDataModule(L.LightningDataModule):
         if counts := self.drops.counts():
             log.warning("dropped while reading: %s", dict(counts))
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Endless stream; the trainer's `limit_train_batches` says how long an epoch is."""
+    def train_dataloader(self) -> TrainingBatches:
+        """Endless stream; an epoch is one pass, or what `limit_train_batches` says."""
         model = self._model()
         augment = RegionAugment(
             model.image_size,
@@ -114,10 +136,32 @@ class RegionDataModule(L.LightningDataModule):
             flip=self.flip,
             jitter=self.jitter,
             interpolation=model.transform.interpolation,
+            geometry=self.train_geometry,
         )
-        epoch = self.trainer.current_epoch if self.trainer else 0
-        seed = self.seed + 1_000_003 * epoch
-        return self._loader(self._train_sets, augment, seed, training=True)
+        data = self._shards(self._train_sets, augment, training=True)
+        collate = Collate(model.tokenizer, self._features(model))
+        self._batches = TrainingBatches(
+            data, self.batch_size, self.workers, collate, self._on_gpu()
+        )
+        if self._state:
+            self._batches.load_state_dict(self._state)
+        return self._batches
+
+    def on_before_batch_transfer(self, batch: RegionBatch, dataloader_idx: int) -> RegionBatch:
+        """Note which batches are trained on."""
+        if self._batches and self.trainer and self.trainer.training:
+            self._batches.took(batch)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far training is in its data; every process has to call it."""
+        return self._batches.state_dict() if self._batches else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the samples that come after those of the checkpoint."""
+        self._state = state_dict
+        if self._batches:
+            self._batches.load_state_dict(state_dict)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Every region of every validation image once, each in a row of its own."""
@@ -125,37 +169,49 @@ class RegionDataModule(L.LightningDataModule):
             return []
         model = self._model()
         transform = model.transform.replace(geometry=self.val_geometry)
-        return self._loader(self._val_sets, transform, self.seed, training=False)
+        return DataLoader(
+            self._shards(self._val_sets, transform, training=False),
+            batch_size=self.batch_size,
+            num_workers=self.workers,
+            collate_fn=Collate(model.tokenizer),
+            pin_memory=self._on_gpu(),
+            worker_init_fn=one_thread,
+        )
 
-    def _loader(
-        self,
-        sets: list[ShardSet],
-        transform: RegionTransform | RegionAugment,
-        seed: int,
-        training: bool,
-    ) -> DataLoader[Any]:
+    def _shards(
+        self, sets: list[ShardSet], transform: RegionTransform | RegionAugment, training: bool
+    ) -> RegionShards:
         rank, world = (
             (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         )
-        data = RegionShards(
+        return RegionShards(
             sets,
             transform,
             self.sampling,
-            seed,
+            self.seed,
             shuffle=self.shuffle if training else 0,
             every_region=not training,
             rank=rank,
             world=world,
             drops=self.drops,
         )
-        return DataLoader(
-            data,
-            batch_size=self.batch_size,
-            num_workers=self.workers,
-            collate_fn=Collate(self._model().tokenizer),
-            drop_last=training,
-            worker_init_fn=_one_thread,
-        )
+
+    def _features(self, model: AlphaClip) -> PhraseFeatures | None:
+        if self.phrases is None:
+            return None
+        inside = {id(p) for p in model.visual.parameters()} | {id(model.logit_scale)}
+        text = (p for p in model.parameters() if id(p) not in inside and p.ndim > 0)
+        if any(p.requires_grad for p in text):
+            raise ValueError(
+                "data.phrases holds features of a frozen text tower, but trainable.text is on; "
+                "leave one of them out"
+            )
+        features = PhraseFeatures(self.phrases)
+        features.check(model)
+        return features
+
+    def _on_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _model(self) -> AlphaClip:
         if self.trainer is None:
@@ -171,8 +227,3 @@ class RegionDataModule(L.LightningDataModule):
 def _shard_set(part: str | DataSet) -> ShardSet:
     part = DataSet(part) if isinstance(part, str) else part
     return ShardSet(tuple(find_shards([part.path], part.originals)), part.weight)
-
-
-def _one_thread(_: int) -> None:
-    """Keep a worker to one core; the step needs the others."""
-    torch.set_num_threads(1)

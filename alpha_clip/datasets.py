@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -12,19 +13,22 @@ from alpha_clip.batches import LoadedSample
 from alpha_clip.drops import Drops
 from alpha_clip.regions import Region, RegionSample, SampleError, decode_jpeg
 from alpha_clip.sampling import Sampling
-from alpha_clip.streams import Reader, ShardSet, endless, one_pass
+from alpha_clip.streams import Place, Reader, ShardSet, endless, one_pass
 from alpha_clip.transforms import RegionAugment, RegionTransform
 
 
 class RegionShards(IterableDataset[LoadedSample]):
     """Streams the samples of the shards that fall to this process and worker.
 
+    Every choice (order, regions, augmentation) is a function of the seed, the reader and the number
+    of the sample in its stream, so a stream goes on from any `Place` as if it had never stopped.
+
     Args:
         sets: Data sets with their weights.
         transform: Turns an image and regions into tensors.
         sampling: What to take of an image.
-        seed: Order and choice are a function of it and of the reader.
-        shuffle: Samples held back to draw from; 0 keeps the order and stops after one pass.
+        seed: Of all choices.
+        shuffle: Samples that are shuffled together; 0 keeps the order and stops after one pass.
         every_region: Yield each region in a row of its own instead of drawing some.
         rank: This process's number.
         world: Number of processes.
@@ -46,29 +50,28 @@ class RegionShards(IterableDataset[LoadedSample]):
         self.sets = sets
         self.transform = transform
         self.sampling = sampling
-        self.seed = seed
+        self.seed = [seed]
         self.shuffle = shuffle
         self.every_region = every_region
         self.rank = rank
         self.world = world
         self.drops = drops or Drops()
+        self.places: dict[int, Place] = {}
+        """Where each worker's reader begins; the start of its stream, if it is not here."""
+        self.first_worker = 0
+        """Which reader the first worker is: data loaders take their first batch from that one."""
 
     def __iter__(self) -> Iterator[LoadedSample]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        worker = (worker + self.first_worker) % workers
         drops = self.drops.reader(worker)
         reader = Reader(self.rank * workers + worker, self.world * workers)
-        rng = np.random.default_rng([self.seed, self.rank, worker])
-        torch.manual_seed(int(rng.integers(2**31)))  # what RegionAugment draws from
-        if self.shuffle:
-            samples = endless(self.sets, reader, drops, self.seed, self.shuffle)
-        else:
-            samples = one_pass(self.sets, reader, drops)
-        patience = self.shuffle + 2 * sum(s.samples for part in self.sets for s in part.shards)
+        patience = self.shuffle + 2 * sum(part.samples for part in self.sets)
         in_vain = 0
-        for sample in samples:
+        for sample, place in self._places(reader, drops, worker):
             try:
-                loaded = self._load(sample, rng)
+                loaded = self._load(sample, [*self.seed, reader.index, place.draws])
             except SampleError as error:
                 drops.add(error.reason, f"{sample.key}: {error.detail}")
                 in_vain += 1
@@ -78,17 +81,37 @@ class RegionShards(IterableDataset[LoadedSample]):
                     ) from error
                 continue
             in_vain = 0
-            yield from loaded
+            for row in loaded:
+                row.reader, row.place = worker, place
+                yield row
 
-    def _load(self, sample: RegionSample, rng: np.random.Generator) -> list[LoadedSample]:
+    def _places(
+        self, reader: Reader, drops: Drops, worker: int
+    ) -> Iterator[tuple[RegionSample, Place]]:
+        if self.shuffle:
+            start = self.places.get(worker, Place())
+            return endless(self.sets, reader, drops, self.seed, self.shuffle, start)
+        samples = one_pass(self.sets, reader, drops)
+        return ((sample, Place(draws)) for draws, sample in enumerate(samples, 1))
+
+    def _load(self, sample: RegionSample, seed: list[int]) -> list[LoadedSample]:
         """Decode an image once, for the regions drawn of it or, in order, for each of them."""
         every = self.every_region
+        rng = np.random.default_rng(seed)
         chosen = self.sampling.every(sample) if every else self.sampling.draw(sample, rng)
         image = decode_jpeg(sample.jpeg)
         masks: list[Region] = [None if r is None else r.rle for r, _ in chosen]
-        rgb, alphas = self.transform.many(image, masks)
+        with torch.random.fork_rng(devices=()):  # what RegionAugment draws from
+            torch.manual_seed(int(rng.integers(2**62)))
+            rgb, alphas = self.transform.many(image, masks)
         texts, whole = [text for _, text in chosen], [mask is None for mask in masks]
+        picture = _number(f"{sample.source}/{sample.key}")
         if not every:
-            return [LoadedSample(rgb, alphas, texts, whole)]
+            return [LoadedSample(rgb, alphas, texts, whole, picture)]
         alone = (slice(i, i + 1) for i in range(len(chosen)))
-        return [LoadedSample(rgb, alphas[i], texts[i], whole[i]) for i in alone]
+        return [LoadedSample(rgb, alphas[i], texts[i], whole[i], picture) for i in alone]
+
+
+def _number(name: str) -> int:
+    """Return a number that tells a picture from others, on every process alike."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big", signed=True)

@@ -180,8 +180,7 @@ def _input_road(
         "data.train": json.dumps([str(best)]),
         "data.workers": 0,
         "data.batch_size": 16,
-        "trainer.max_epochs": 1,
-        "trainer.limit_train_batches": steps,
+        "trainer.max_steps": steps,
         "trainer.log_every_n_steps": 1,
         "model.optim.warmup_steps": 0,
     }
@@ -211,13 +210,10 @@ def _inspect(folder: Path, name: str, shards: Path, masks: object) -> Step:
 
 
 def _fit(folder: Path, stage: str, options: dict[str, object]) -> Step:
-    root = folder / "training" / stage
     paths: dict[str, object] = {
+        "output": folder / "training" / stage,
         "data.train": json.dumps([str(folder / "shards/train")]),
         "model.output": folder / "models" / stage,
-        "trainer.default_root_dir": root,
-        "trainer.logger.init_args.save_dir": root,
-        "trainer.callbacks.init_args.dirpath": root / "checkpoints",
     }
     return _ours("fit", f"train {stage}", f"train/tiny_{stage}.yaml", {**paths, **options})
 

@@ -20,11 +20,19 @@ from alpha_clip.architectures import (
     is_timm,
     resize_input,
 )
-from alpha_clip.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_config, read_weights
+from alpha_clip.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CheckpointConfig,
+    load_weights,
+    read_config,
+    read_weights,
+)
 from alpha_clip.geometry import Geometry
 from alpha_clip.layouts import OWN_ALPHA, infer_config
 from alpha_clip.model import AlphaClip
 from alpha_clip.text import Tokenizer
+from alpha_clip.training_checkpoint import read_training_checkpoint
 from alpha_clip.transforms import RegionTransform
 from alpha_clip.weights import Weights, read_weights_file
 
@@ -48,8 +56,9 @@ def create_model(
             both towers in OpenAI's layout, which are then taken for OpenAI's (QuickGELU).
         pretrained: Weights of the CLIP to start from: an open_clip tag, a file (OpenAI's archives
             and state dicts, open_clip's), or `None`.
-        checkpoint: Weights with alpha: a folder written by `save_checkpoint`, or a file of the
-            published code's. Those hold the image tower alone; the text tower is `pretrained`'s.
+        checkpoint: Weights with alpha: a folder written by `save_checkpoint`, a `.ckpt` of a
+            training run, or a file of the published code's. Those last hold the image tower alone;
+            the text tower is `pretrained`'s.
         precision: Type of the weights.
         device: Where to put the model.
         geometry: How the transform makes an image square, see `RegionTransform`; by default as the
@@ -65,10 +74,11 @@ def create_model(
     """
     if name is not None and not name.startswith(LOCAL):
         name = name.replace("/", "-")  # OpenAI's spelling
-    if checkpoint is not None and (folder := _own_folder(Path(checkpoint))):
+    if checkpoint is not None and _is_own(Path(checkpoint)):
         if pretrained is not None:
-            raise ValueError(f"{folder} holds both towers; leave pretrained={pretrained!r} out")
-        model = _load_own(folder, name, precision, image_size)
+            raise ValueError(f"{checkpoint} holds both towers; leave pretrained={pretrained!r} out")
+        own = _read_own(Path(checkpoint))
+        model = _load_own(*own, str(checkpoint), name, precision, image_size)
     else:
         base, facts = _read_base(name, pretrained)
         alpha = None if checkpoint is None else read_weights_file(checkpoint)
@@ -167,16 +177,20 @@ def load_checkpoint(
 
 
 def _load_own(
-    folder: Path, name: str | None, precision: Precision, image_size: int | None
+    saved: CheckpointConfig,
+    state: dict[str, Tensor],
+    origin: str,
+    name: str | None,
+    precision: Precision,
+    image_size: int | None,
 ) -> AlphaClip:
-    saved = read_config(folder)
     if name is not None and _layout(config_of(name)) != _layout(saved.model_cfg):
-        raise ValueError(f"{folder} holds a {saved.name}, not a {name}; leave the name out")
+        raise ValueError(f"{origin} holds a {saved.name}, not a {name}; leave the name out")
     model = build_from_config(saved.name, saved.model_cfg, precision, image_size)
     if is_timm(model.config) and saved.transform.size != model.image_size:
         resize_input(model, saved.transform.size)
-    state = _as_open_clip_loads(model.clip, read_weights(folder), image_size is not None)
-    load_weights(model.clip, state, str(folder))
+    state = _as_open_clip_loads(model.clip, state, image_size is not None)
+    load_weights(model.clip, state, origin)
     model.transform, model.base = saved.transform, saved.base
     if image_size is not None:
         model.transform = saved.transform.replace(size=image_size)
@@ -241,12 +255,21 @@ def _read_base(
     return read_weights_file(file, trusted=True), facts
 
 
-def _own_folder(checkpoint: Path) -> Path | None:
-    """Return the folder of ours that a path means, if it means one."""
+def _is_own(checkpoint: Path) -> bool:
+    """Whether a path means a folder or a training checkpoint of ours, not a foreign file."""
     if checkpoint.name == WEIGHTS_FILE and (checkpoint.parent / CONFIG_FILE).is_file():
-        return checkpoint.parent
+        return True
     is_file = checkpoint.is_file() or (checkpoint.suffix and not checkpoint.exists())
-    return None if is_file else checkpoint
+    return checkpoint.suffix == ".ckpt" or not is_file
+
+
+def _read_own(checkpoint: Path) -> tuple[CheckpointConfig, dict[str, Tensor]]:
+    if checkpoint.suffix == ".ckpt":
+        if not checkpoint.is_file():
+            raise ValueError(f"there is no training checkpoint {checkpoint}")
+        return read_training_checkpoint(checkpoint)
+    folder = checkpoint.parent if checkpoint.is_file() else checkpoint
+    return read_config(folder), read_weights(folder)
 
 
 def _layout(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,26 +1,33 @@
 """Training as a LightningModule: one step for contrastive pre-training and for alpha tuning.
 
-With `train_alpha` off, alpha's kernel stays at zero and the model is a plain CLIP: so the same code
-trains the CLIP that an Alpha-CLIP starts from.
+With `trainable.alpha` off, alpha's kernel stays at zero and the model is a plain CLIP: so the same
+code trains the CLIP that an Alpha-CLIP starts from.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from alpha_clip.batches import RegionBatch
-from alpha_clip.checkpoint import save_checkpoint
 from alpha_clip.data import RegionDataModule
 from alpha_clip.factory import create_model
-from alpha_clip.losses import RegionContrastiveLoss
-from alpha_clip.optim import OptimConfig, create_optimizer, create_schedule
-from alpha_clip.surgery import alpha_parameters
+from alpha_clip.geometry import Geometry
+from alpha_clip.losses import Pairs, RegionContrastiveLoss, RegionLoss, RegionSigmoidLoss
+from alpha_clip.optim import OptimConfig, create_optimizer, create_schedule, declare_roles
+from alpha_clip.region_matching import RegionMatching
+from alpha_clip.sharding import shard
+from alpha_clip.trainable import TrainableConfig
+from alpha_clip.training_checkpoint import add_model, check_recipe, write_model
+
+LARGEST_SCALE = 4.6052  # logarithm of 100, CLIP's bound (arXiv 2103.00020, section 2.5)
 
 
 @dataclass(frozen=True)
@@ -31,41 +38,15 @@ class EncoderConfig:
         name: An open_clip architecture, or `local-dir:FOLDER` with its config.
         pretrained: An open_clip tag or file.
         checkpoint: A folder written by `save_checkpoint`, instead of the two.
+        image_size: Side of the input in pixels, if it should be another than the architecture's.
+        geometry: How the trained model's own transform makes an image square.
     """
 
     name: str | None = None
     pretrained: str | None = None
     checkpoint: str | None = None
-
-
-@dataclass(frozen=True)
-class TrainableConfig:
-    """Which parts learn. The paper trains alpha and all visual blocks (Table 6).
-
-    Attributes:
-        alpha: The alpha convolution; without it the model is a plain CLIP.
-        visual: The rest of the image tower.
-        text: The text tower.
-        logit_scale: The temperature, kept within 1..100.
-    """
-
-    alpha: bool = True
-    visual: bool = True
-    text: bool = False
-    logit_scale: bool = False
-
-    def apply(self, model: nn.Module, visual: nn.Module, logit_scale: nn.Parameter) -> None:
-        """Freeze what does not train."""
-        added = {id(p) for p in alpha_parameters(visual)}
-        inside = {id(p) for p in visual.parameters()}
-        for parameter in model.parameters():
-            if id(parameter) in added:
-                trains = self.alpha
-            elif id(parameter) in inside:
-                trains = self.visual
-            else:
-                trains = self.logit_scale if parameter is logit_scale else self.text
-            parameter.requires_grad_(trains)
+    image_size: int | None = None
+    geometry: Geometry | None = None
 
 
 class AlphaClipModule(L.LightningModule):
@@ -75,7 +56,14 @@ class AlphaClipModule(L.LightningModule):
         encoder: What to train.
         trainable: Which parts of it learn.
         optim: Rates and schedule.
-        loss: The contrastive loss.
+        loss: What to minimise; by default CLIP's, or SigLIP's for a model with a logit bias.
+        logit_scale: Logarithm of what cosines are multiplied with; by default the model's own.
+        chunk: Regions that go through the image tower at a time. The rest of the batch keeps no
+            activations: they are computed again for the gradient, a third more work. So a batch,
+            and its negatives, can be as large as one likes (GradCache, arXiv 2101.06983, has the
+            same cost; here the gradient comes in one backward pass).
+        grad_checkpointing: Whether the tower's blocks compute their activations again.
+        compile: Whether the image tower goes through `torch.compile`.
         output: Folder that receives the trained model (`save_checkpoint`) at every checkpoint.
     """
 
@@ -84,71 +72,190 @@ class AlphaClipModule(L.LightningModule):
         encoder: EncoderConfig,
         trainable: TrainableConfig = TrainableConfig(),
         optim: OptimConfig = OptimConfig(),
-        loss: RegionContrastiveLoss | None = None,
+        loss: RegionLoss | None = None,
+        logit_scale: float | None = None,
+        chunk: int | None = None,
+        grad_checkpointing: bool = False,
+        compile: bool = False,
         output: str | None = None,
     ) -> None:
         super().__init__()
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"expected a chunk of at least 1 region, got {chunk}")
         self.trainable = trainable
         self.optim = optim
-        self.loss = loss or RegionContrastiveLoss()
+        self.chunk = chunk
         self.output = output
-        self.model, _, _ = create_model(encoder.name, encoder.pretrained, encoder.checkpoint)
-        trainable.apply(self.model, self.model.visual, self.model.logit_scale)
-        self._val: list[tuple[Tensor, Tensor]] = []
+        self.model, _, _ = create_model(
+            encoder.name,
+            encoder.pretrained,
+            encoder.checkpoint,
+            geometry=encoder.geometry,
+            image_size=encoder.image_size,
+        )
+        if logit_scale is not None:
+            self.model.logit_scale.data.fill_(logit_scale)
+        self.loss = loss or (
+            RegionContrastiveLoss() if self._bias() is None else RegionSigmoidLoss()
+        )
+        self.val_matching = RegionMatching()
+        trainable.apply(self.model)
+        self.roles = declare_roles(self.model)
+        tower: Any = self.model.visual
+        if grad_checkpointing:
+            tower.set_grad_checkpointing(True)
+        if compile:
+            tower.compile()
+        self._joins = compile or chunk is not None
+        self._seed = 0
+        self._norm: Tensor | None = None
+
+    def configure_model(self) -> None:
+        """Split the image tower over the GPUs, where the strategy is FSDP2."""
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return AdamW and its schedule over the real number of steps."""
-        optimizer = create_optimizer(self.model, self.optim)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = create_schedule(optimizer, self.optim, steps)
+        optimizer = create_optimizer(self.model.named_parameters(), self.roles, self.optim)
+        schedule = create_schedule(optimizer, self.optim, self._steps())
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
-    def forward(self, batch: RegionBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return features of regions and phrases, of length 1, and the phrases' tokens."""
-        count = batch.alphas.shape[0] * batch.alphas.shape[1]
-        image = self.model.encode_regions(batch.rgb, batch.alphas, normalize=True, chunk=count)
-        tokens = batch.tokens.flatten(0, 1)
-        unique, place = torch.unique(tokens, dim=0, return_inverse=True)
-        with torch.set_grad_enabled(self.trainable.text and torch.is_grad_enabled()):
-            text = self.model.encode_text(unique, normalize=True)[place]
-        return image.flatten(0, 1), text, tokens
+    def _steps(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("the run has no end: set trainer.max_epochs or trainer.max_steps")
+        return int(steps)
+
+    def on_fit_start(self) -> None:
+        """Remember the run's seed."""
+        self._seed = torch.initial_seed()
+
+    def on_train_batch_start(self, batch: RegionBatch, batch_idx: int) -> None:
+        """Make dropout and the like a function of the step: a resumed run repeats it."""
+        place = (self._seed, self.current_epoch, batch_idx, self.global_rank)
+        torch.manual_seed(hash(place) % 2**63)
+
+    def forward(self, batch: RegionBatch) -> Pairs:
+        """Return the features of a training batch."""
+        return self._pairs(batch, self._encode(batch), self.trainable.text)
 
     def training_step(self, batch: RegionBatch, batch_idx: int) -> Tensor:
         """One contrastive step."""
-        image, text, tokens = self(batch)
-        whole, regions = batch.whole.flatten(), batch.whole.shape[1]
-        scale = self.model.logit_scale.exp()
-        loss: Tensor = self.loss(image, text, tokens, scale, whole, regions)
-        self.log("train/loss", loss, prog_bar=True)
+        loss: Tensor = self.loss(self(batch), self.model.logit_scale.exp(), self._bias())
+        self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
+
+    def validation_step(self, batch: RegionBatch, batch_idx: int) -> None:
+        """Collect the features of regions and of their phrases."""
+        image = self.model.encode_regions(batch.rgb, batch.alphas, normalize=True)
+        pairs = self._pairs(batch, image, text_trains=False)
+        self.val_matching.update(pairs.image, pairs.text, pairs.phrase_ids, pairs.image_ids)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log how well regions find their phrases; see `RegionMatching`."""
+        for name, value in self.val_matching.compute().items():
+            # The same on every process already; Lightning wants to be told.
+            self.log(f"val/{name}", value, prog_bar=name == "region_top1", sync_dist=True)
+        self.val_matching.reset()
+
+    def _encode(self, batch: RegionBatch) -> Tensor:
+        """Return the features of all regions, `[batch, regions, dim]`, of length 1."""
+        batches, regions = batch.alphas.shape[:2]
+        count = batches * regions
+        if not self._joins:
+            together: Tensor = self.model.encode_regions(
+                batch.rgb, batch.alphas, normalize=True, chunk=count
+            )
+            return together
+        owner = torch.arange(batches, device=batch.rgb.device).repeat_interleave(regions)
+
+        def encode(owner: Tensor, alphas: Tensor) -> Tensor:
+            features: Tensor = self.model.encode_image(batch.rgb[owner], alphas, normalize=True)
+            return features
+
+        alphas = batch.alphas.flatten(0, 1)
+        if self.chunk is None:
+            features = encode(owner, alphas)
+        else:
+            chunks = zip(owner.split(self.chunk), alphas.split(self.chunk), strict=True)
+            features = torch.cat([recomputed(encode, *c, use_reentrant=False) for c in chunks])
+        rows: Tensor = features.unflatten(0, (batches, regions))
+        return rows
+
+    def _pairs(self, batch: RegionBatch, image: Tensor, text_trains: bool) -> Pairs:
+        text = batch.text
+        if text is None:
+            with torch.set_grad_enabled(text_trains and torch.is_grad_enabled()):
+                text = self.model.encode_text(batch.tokens, normalize=True)
+        text = text[batch.phrase.flatten()]
+        pictures = batch.image_ids[:, None].expand_as(batch.phrase_ids).flatten()
+        return Pairs(
+            image.flatten(0, 1), text, batch.phrase_ids.flatten(), pictures, batch.whole.flatten()
+        )
+
+    def _bias(self) -> Tensor | None:
+        return getattr(self.model.clip, "logit_bias", None)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the length of the gradient; stop if that of the step before was not finite."""
+        self._check_finite()
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        self._norm = torch.nn.utils.get_total_norm(gradients)
+        self.log("train/grad_norm", self._norm)
+
+    def _check_finite(self) -> None:
+        """Stop a run whose weights are lost.
+
+        That is noticed one step late, so that a GPU never waits for it, but before every
+        checkpoint: those hold sound weights.
+        """
+        scales = isinstance(self.trainer.precision_plugin, MixedPrecision) and (
+            self.trainer.precision_plugin.scaler is not None
+        )  # fp16's scaler leaves such steps out by itself
+        if self._norm is None or scales or bool(self._norm.isfinite()):
+            return
+        raise RuntimeError(
+            f"the gradient was {float(self._norm)} in step {self.global_step} (epoch "
+            f"{self.current_epoch}): the loss or the learning rate went out of bounds. The weights "
+            "of this moment are not kept; the last checkpoint is sound. Go on from it with smaller "
+            "rates or trainer.gradient_clip_val, in a new run (model.encoder.checkpoint)"
+        )
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Keep the temperature where CLIP keeps it."""
         if self.trainable.logit_scale:
-            self.model.logit_scale.data.clamp_(0.0, 4.6052)
-
-    def validation_step(self, batch: RegionBatch, batch_idx: int) -> None:
-        """Collect the features of regions and the tokens of their phrases."""
-        image = self.model.encode_regions(batch.rgb, batch.alphas, normalize=True)
-        self._val.append((image.flatten(0, 1), batch.tokens.flatten(0, 1)))
-
-    def on_validation_epoch_end(self) -> None:
-        """Log region top-1: is a region closest to its own phrase, of all the set's phrases?"""
-        image, tokens = (torch.cat([v[i] for v in self._val]) for i in (0, 1))
-        self._val.clear()
-        candidates, target = torch.unique(tokens, dim=0, return_inverse=True)
-        text = torch.cat([self.model.encode_text(t, normalize=True) for t in candidates.split(256)])
-        top1 = ((image @ text.T).argmax(-1) == target).float().mean()
-        self.log("val/region_top1", top1, prog_bar=True, sync_dist=True)
+            self.model.logit_scale.data.clamp_(0.0, LARGEST_SCALE)
 
     def on_train_epoch_end(self) -> None:
-        """Log what the readers dropped; write the weights, so that a cut run leaves a model."""
+        """Log what the readers dropped."""
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, RegionDataModule):
             dropped = float(sum(data.drops.counts().values()))
             self.log("train/dropped_samples", dropped, sync_dist=True, reduce_fx="sum")
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what a run has to have in common with the checkpoint that it goes on from."""
+        loss = {"loss": type(self.loss).__name__, **vars(self.loss)}
+        public = {k: v for k, v in loss.items() if not k.startswith("_") and k != "training"}
+        return {
+            "model": self.model.name,
+            "image_size": self.model.image_size,
+            "trainable": asdict(self.trainable),
+            "optim": {**asdict(self.optim), "betas": list(self.optim.betas)},
+            "loss": public,
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in a checkpoint what it is of; write the model, so that a cut run leaves one."""
+        self._check_finite()
+        add_model(checkpoint, self.model, self.recipe())
         if self.output and self.trainer.is_global_zero:
-            save_checkpoint(self.model, self.output)
+            write_model(checkpoint, self.output)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another recipe."""
+        check_recipe(checkpoint, self.recipe())

@@ -21,9 +21,9 @@ from torchvision.transforms.v2 import functional as F
 from alpha_clip.geometry import (
     Geometry,
     Interpolation,
+    SharedGeometry,
     cut_window,
     make_square,
-    resize,
     window_around,
 )
 from alpha_clip.pictures import Picture, split_batch, split_channels
@@ -221,6 +221,7 @@ class RegionAugment:
         jitter: Strength of brightness, contrast and saturation jitter of the RGB channels.
         min_kept: A crop must keep this share of every region's alpha, else the whole image is used.
         interpolation: Of colour, as the tower expects it.
+        geometry: What makes the crop, or the whole image, square.
     """
 
     def __init__(
@@ -233,9 +234,11 @@ class RegionAugment:
         jitter: float = 0.0,
         min_kept: float = 0.7,
         interpolation: Interpolation = "bicubic",
+        geometry: SharedGeometry = "squash",
     ) -> None:
         self.size = size
         self.normalisation = normalisation or Normalisation()
+        self.geometry = geometry
         self.crop = None if scale == (1.0, 1.0) else v2.RandomResizedCrop(size, scale, ratio)
         self.flip = flip
         self.jitter = v2.ColorJitter(jitter, jitter, jitter) if jitter else None
@@ -249,8 +252,8 @@ class RegionAugment:
         rgb, alphas = split_channels(image, regions)
         if self.crop is not None:
             rgb, alphas = self._crop(rgb, alphas, self.crop)
-        size = [self.size, self.size]
-        rgb, alphas = (resize(part, size, self.interpolation) for part in (rgb, alphas))
+        how = (self.size, self.geometry, self.normalisation.mean, self.interpolation)
+        rgb, alphas = (make_square(part, *how) for part in (rgb, alphas))
         if float(torch.rand(())) < self.flip:
             rgb, alphas = rgb.flip(-1), alphas.flip(-1)
         if self.jitter is not None:

@@ -1,23 +1,36 @@
 """Ways to point a CLIP at a region: the alpha channel, and what people do without one.
 
-Each takes an image and a region and returns what the transform is given: another image, and the
-region that alpha marks (`None`: the whole of it). The last three point any plain CLIP.
+Most show the model another image, or mark the region in alpha; the last one changes where the tower
+looks. All but the alphas point a plain CLIP.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
+from torch import Tensor
 
+from alpha_clip.attention_masking import attending_to, check_tower
+from alpha_clip.model import AlphaClip
 from alpha_clip.regions import Box, Region
 from alpha_clip.transforms import OPENAI_MEAN
 
+log = logging.getLogger(__name__)
+
 Mask: TypeAlias = NDArray[np.bool_]
-Focus: TypeAlias = Callable[[Image.Image, Mask, Box], tuple[Image.Image, Region]]
+Show: TypeAlias = Callable[[Image.Image, Mask, Box], tuple[Image.Image, Region]]
+Encode: TypeAlias = Callable[[AlphaClip, Tensor], Tensor]
+
+# ReCLIP, FGVP ("blur reverse mask") and Alpha-CLIP's REC all blur COCO's 640 px pictures with a
+# standard deviation of 100 px (`blur_std_dev` in their executor.py).
+_BLUR = 100 / 640
 
 
 def whole_image(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
@@ -57,11 +70,65 @@ def red_circle(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, R
     return drawn, None
 
 
+def blur(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
+    """Blur what is outside the mask, by 0.16 of the image's longer side (standard deviation)."""
+    sharp = image.convert("RGB")
+    blurred = sharp.filter(ImageFilter.GaussianBlur(_BLUR * max(image.size)))
+    blurred.paste(sharp, mask=Image.fromarray(mask))
+    return blurred, None
+
+
+def encode_alpha(
+    model: AlphaClip, rgba: Float[Tensor, "regions 4 height width"]
+) -> Float[Tensor, "regions dim"]:
+    """Embed regions the way the model was made for; returns features of length 1."""
+    return model.encode_image(rgba, normalize=True)
+
+
+def encode_masked(
+    model: AlphaClip, rgba: Float[Tensor, "regions 4 height width"]
+) -> Float[Tensor, "regions dim"]:
+    """Embed the whole image, its class token attending to what alpha marks (MaskCLIP).
+
+    Raises:
+        ValueError: If the tower can't be masked; see `attending_to`.
+    """
+    with attending_to(model.visual, model.normalisation.inverse(rgba)[:, 3:]):
+        return model.encode_image(rgba[:, :3], normalize=True)
+
+
+@dataclass(frozen=True)
+class Focus:
+    """A way to point.
+
+    Attributes:
+        show: Takes an image, a mask and a box; returns what the transform is given: an image, and
+            the region that alpha marks (`None`: the whole of it).
+        encode: Takes the model and what the transform makes of that; returns features of length 1.
+    """
+
+    show: Show
+    encode: Encode = encode_alpha
+
+
+ATTENTION_MASK = "attention mask"
 FOCUS: dict[str, Focus] = {
-    "no alpha": whole_image,
-    "alpha": alpha_mask,
-    "box alpha": alpha_box,
-    "crop": crop,
-    "masked crop": masked_crop,
-    "red circle": red_circle,
+    "no alpha": Focus(whole_image),
+    "alpha": Focus(alpha_mask),
+    "box alpha": Focus(alpha_box),
+    "crop": Focus(crop),
+    "masked crop": Focus(masked_crop),
+    "red circle": Focus(red_circle),
+    "blur": Focus(blur),
+    ATTENTION_MASK: Focus(alpha_mask, encode_masked),
 }
+
+
+def ways_for(model: AlphaClip) -> list[str]:
+    """Return the names of all ways that a model's tower allows; says in the log if one is out."""
+    try:
+        check_tower(model.visual)
+    except ValueError as error:
+        log.warning("%s is left out: %s", ATTENTION_MASK, error)
+        return [name for name in FOCUS if name != ATTENTION_MASK]
+    return list(FOCUS)

@@ -42,13 +42,13 @@ def timm(trunk: Any, **settings: Any) -> nn.Module:
     return visual.eval()
 
 
-def vitamin() -> nn.Module:
+def vitamin(**changes: Any) -> nn.Module:
     config = VitCfg(embed_dim=(16, 32, 64), depths=(1, 1, 1), stem_width=16)
 
     def embed(**settings: Any) -> HybridEmbed:
         return HybridEmbed(MbConvStages(config), proj=False, **settings)
 
-    settings = {"class_token": False, "global_pool": "avg", "mlp_layer": GeGluMlp}
+    settings = {"class_token": False, "global_pool": "avg", "mlp_layer": GeGluMlp, **changes}
     visual = timm(VisionTransformer, embed_layer=embed, img_size=64, patch_size=1, **settings)
     visual.trunk.pretrained_cfg = {"first_conv": "patch_embed.backbone.stem.conv1"}
     return visual

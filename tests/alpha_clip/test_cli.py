@@ -35,7 +35,7 @@ def test_help_names_every_command(
     assert run(*arguments) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("usage: alpha-clip COMMAND")
-    for command in ("demo", "fit", "validate", "eval", "export"):
+    for command in ("demo", "fit", "validate", "phrases", "eval", "export"):
         assert f"\n  {command} " in shown
 
 
@@ -51,10 +51,10 @@ def test_arguments_may_be_given_instead_of_typed(
 def test_an_unknown_command_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("fti") == 2
     message = capsys.readouterr().err
-    assert "unknown command 'fti'; one of demo, fit, validate, eval, export" in message
+    assert "unknown command 'fti'; one of demo, fit, validate, phrases, eval, export" in message
 
 
-@pytest.mark.parametrize("command", ["demo", "fit", "validate", "eval", "export"])
+@pytest.mark.parametrize("command", ["demo", "fit", "validate", "phrases", "eval", "export"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     shown = capsys.readouterr().out
@@ -62,7 +62,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert "--config" in shown
 
 
-@pytest.mark.parametrize("command", ["demo", "fit", "validate", "eval", "export"])
+@pytest.mark.parametrize("command", ["demo", "fit", "validate", "phrases", "eval", "export"])
 def test_a_misspelt_key_exits_2(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--ouptut", "x") == 2
     assert "ouptut" in capsys.readouterr().err
@@ -163,7 +163,7 @@ def test_a_missing_package_names_the_extra(
         raise ModuleNotFoundError("No module named 'something'", name="something")
 
     monkeypatch.setattr("alpha_clip.cli._call", missing)
-    monkeypatch.setattr("alpha_clip.cli._lightning", missing)
+    monkeypatch.setattr("alpha_clip.training.TrainingCLI", missing)
     assert run(command) == 2
     message = capsys.readouterr().err
     assert f"alpha-clip {command} needs something: pip install 'alpha-clip[{extra}]'" in message

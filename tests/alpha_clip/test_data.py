@@ -182,24 +182,42 @@ def test_collate_stacks_and_tokenizes(model: AlphaClip, two_shards: Path) -> Non
     assert batch.rgb.shape == (6, 3, 16, 16)
     assert batch.alphas.shape == (6, 2, 1, 16, 16)
     assert batch.whole.tolist() == [s.whole for s in samples]
-    for row, sample in zip(batch.tokens, samples, strict=True):
-        assert torch.equal(row, tokenizer(sample.texts))
+    for row, sample in zip(batch.phrase, samples, strict=True):
+        assert torch.equal(batch.tokens[row], tokenizer(sample.texts))
+    assert len(batch.tokens) == len({text for s in samples for text in s.texts})
+    assert len(set(batch.image_ids.tolist())) == 6
+
+
+def test_equal_phrases_have_equal_numbers_in_every_batch(
+    model: AlphaClip, two_shards: Path
+) -> None:
+    samples = list(stream(two_shards, Sampling(2, 0.0)))
+    known: dict[str, int] = {}
+    for part in (samples[:2], samples[2:], samples):
+        ids = Collate(model.tokenizer)(part).phrase_ids.flatten().tolist()
+        for text, number in zip((t for s in part for t in s.texts), ids, strict=True):
+            assert known.setdefault(text, number) == number
+    assert len(set(known.values())) == len(known) == 3
 
 
 def test_a_batch_moves_whole(model: AlphaClip, two_shards: Path) -> None:
     batch = Collate(model.tokenizer)(list(stream(two_shards, Sampling())))
     moved = batch.to("meta")
     assert isinstance(moved, RegionBatch)
-    assert {t.device.type for t in vars(moved).values()} == {"meta"}
+    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+    assert {t.device.type for t in tensors} == {"meta"}
+    assert len(tensors) == 7
+    assert moved.place == batch.place
 
 
-def attach(data: RegionDataModule, model: AlphaClip, world: int = 1, epoch: int = 0) -> None:
+def attach(data: RegionDataModule, model: AlphaClip, world: int = 1) -> None:
     """What the module asks of Lightning's trainer."""
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         lightning_module=SimpleNamespace(model=model),
         world_size=world,
         global_rank=0,
-        current_epoch=epoch,
+        training=True,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
 
 
@@ -227,18 +245,63 @@ def test_validation_sees_every_region_once_and_never_whole(
     assert torch.equal(batches[0].rgb[0], batches[0].rgb[1])  # two regions of one image
     assert not torch.equal(first, second)
     again = list(data.val_dataloader())
-    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(batches, again, strict=True))
+    assert all(torch.equal(a.phrase_ids, b.phrase_ids) for a, b in zip(batches, again, strict=True))
 
 
-def test_epochs_draw_differently(model: AlphaClip, two_shards: Path) -> None:
-    data = RegionDataModule([str(two_shards)], batch_size=6, shuffle=3, workers=0)
-    first = []
-    for epoch in (0, 0, 1):
-        attach(data, model, epoch=epoch)
-        data.setup("fit")
-        first.append(next(iter(data.train_dataloader())).rgb)
-    assert torch.equal(first[0], first[1])
-    assert not torch.equal(first[0], first[2])
+def test_an_epoch_is_one_pass_and_the_next_goes_on_behind_it(
+    model: AlphaClip, numbered: Path
+) -> None:
+    data = RegionDataModule([str(numbered)], [], 2, Sampling(1, 1.0), shuffle=7, workers=0)
+    attach(data, model)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    assert len(loader) == 7
+    epochs = []
+    for _ in range(2):
+        seen = []
+        for batch in islice(loader, len(loader)):
+            seen += batch.phrase_ids.flatten().tolist()
+            data.on_before_batch_transfer(batch, 0)
+        epochs.append(seen)
+    assert [len(set(seen)) for seen in epochs] == [14, 14]  # a pass: every caption once
+    assert set(epochs[0]) == set(epochs[1])
+    assert epochs[0] != epochs[1]
+
+
+def test_validation_batches_do_not_move_training_on(model: AlphaClip, two_shards: Path) -> None:
+    folder = str(two_shards)
+    data = RegionDataModule([folder], [folder], 2, shuffle=3, workers=0)
+    attach(data, model)
+    data.setup("fit")
+    first = next(iter(data.train_dataloader()))
+    data.trainer.training = False
+    data.on_before_batch_transfer(next(iter(data.val_dataloader())), 0)
+    assert data.state_dict()["taken"] == 0
+    data.trainer.training = True
+    data.on_before_batch_transfer(first, 0)
+    assert data.state_dict()["taken"] == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"batch_size": 0}, "batch_size of at least 1, got 0"),
+        ({"shuffle": 0}, "shuffle of at least 1, got 0"),
+        ({"workers": -1}, "workers of at least 0, got -1"),
+        ({"train": []}, "at least one data set in data.train"),
+    ],
+)
+def test_settings_out_of_range_are_refused(option: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RegionDataModule(**{"train": ["folder"], **option})
+
+
+def test_too_few_images_for_a_batch_are_refused(model: AlphaClip, two_shards: Path) -> None:
+    data = RegionDataModule([str(two_shards)], batch_size=4, workers=0)
+    attach(data, model, world=2)
+    data.setup("fit")
+    with pytest.raises(ValueError, match=r"6 images in 1 data sets .*2 processes x batch_size 4"):
+        data.train_dataloader()
 
 
 def test_no_validation_data_is_no_loader(model: AlphaClip, two_shards: Path) -> None:
@@ -318,8 +381,8 @@ def test_a_training_pass_of_all_readers_is_every_sample_once(numbered: Path, wor
         mine = sum(
             len(range(k, shard.samples, parts)) for shard, k, parts in reader.shares([*part.shards])
         )
-        samples = _passes(part, 0, reader, Drops(), seed=5)
-        seen += [next(samples).caption for _ in range(mine)]
+        samples = _passes(part, reader, Drops(), seed=[5])
+        seen += [next(samples)[0].caption for _ in range(mine)]
     assert sorted(seen) == sorted(f"picture {i}" for i in range(14))
 
 

@@ -519,3 +519,13 @@ def test_augment_takes_tensors() -> None:
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][0], results[2][0], rtol=0, atol=0.03)
     assert torch.equal(results[0][1], results[2][1])
+
+
+@pytest.mark.parametrize("geometry", ["squash", "pad", "center_crop"])
+def test_training_images_become_square_as_evaluation_does(geometry: Any) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8))
+    masks = [Box(5, 5, 20, 25), Box(20, 3, 45, 20)]
+    augment = RegionAugment(16, scale=(1.0, 1.0), geometry=geometry)
+    evaluate = RegionTransform(16, geometry=geometry)
+    for ours, theirs in zip(augment.many(image, masks), evaluate.many(image, masks), strict=True):
+        assert torch.equal(ours, theirs)

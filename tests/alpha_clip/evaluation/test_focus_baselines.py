@@ -1,8 +1,16 @@
+import logging
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
+from open_clip.model import _build_vision_tower
 from PIL import Image
 
-from alpha_clip.evaluation.focus_baselines import FOCUS
+from alpha_clip.attention_masking import attending_to
+from alpha_clip.evaluation.focus_baselines import ATTENTION_MASK, FOCUS, ways_for
+from alpha_clip.model import AlphaClip
 from alpha_clip.regions import Box
 from alpha_clip.transforms import OPENAI_MEAN
 
@@ -24,14 +32,14 @@ def mask() -> np.ndarray:
 
 
 def test_all_ways_are_there() -> None:
-    ways = ["no alpha", "alpha", "box alpha", "crop", "masked crop", "red circle"]
-    assert list(FOCUS) == ways
+    ways = ["no alpha", "alpha", "box alpha", "crop", "masked crop", "red circle", "blur"]
+    assert list(FOCUS) == [*ways, "attention mask"]
 
 
 @pytest.mark.parametrize("name", FOCUS)
 def test_the_image_itself_is_not_changed(name: str, pixels: np.ndarray, mask: np.ndarray) -> None:
     image, before = Image.fromarray(pixels.copy()), mask.copy()
-    FOCUS[name](image, mask, BOX)
+    FOCUS[name].show(image, mask, BOX)
     np.testing.assert_array_equal(np.asarray(image), pixels)
     np.testing.assert_array_equal(mask, before)
 
@@ -39,13 +47,13 @@ def test_the_image_itself_is_not_changed(name: str, pixels: np.ndarray, mask: np
 def test_alpha_ways_change_the_region_alone(pixels: np.ndarray, mask: np.ndarray) -> None:
     image = Image.fromarray(pixels)
     for name, expected in (("no alpha", None), ("alpha", mask), ("box alpha", BOX)):
-        shown, region = FOCUS[name](image, mask, BOX)
+        shown, region = FOCUS[name].show(image, mask, BOX)
         assert shown is image
         assert region is expected
 
 
 def test_crop_is_the_box(pixels: np.ndarray, mask: np.ndarray) -> None:
-    shown, region = FOCUS["crop"](Image.fromarray(pixels), mask, BOX)
+    shown, region = FOCUS["crop"].show(Image.fromarray(pixels), mask, BOX)
     assert region is None
     np.testing.assert_array_equal(np.asarray(shown), pixels[Y1:Y2, X1:X2])
 
@@ -53,7 +61,7 @@ def test_crop_is_the_box(pixels: np.ndarray, mask: np.ndarray) -> None:
 def test_masked_crop_shows_the_object_on_the_mean_colour(
     pixels: np.ndarray, mask: np.ndarray
 ) -> None:
-    shown, region = FOCUS["masked crop"](Image.fromarray(pixels), mask, BOX)
+    shown, region = FOCUS["masked crop"].show(Image.fromarray(pixels), mask, BOX)
     assert region is None
     inside, seen = mask[Y1:Y2, X1:X2], np.asarray(shown)
     np.testing.assert_array_equal(seen[inside], pixels[Y1:Y2, X1:X2][inside])
@@ -63,7 +71,7 @@ def test_masked_crop_shows_the_object_on_the_mean_colour(
 
 
 def test_red_circle_is_drawn_around_the_box(pixels: np.ndarray, mask: np.ndarray) -> None:
-    shown, region = FOCUS["red circle"](Image.fromarray(pixels), mask, BOX)
+    shown, region = FOCUS["red circle"].show(Image.fromarray(pixels), mask, BOX)
     assert region is None
     seen = np.asarray(shown)
     red = (seen == (255, 0, 0)).all(-1)
@@ -80,7 +88,63 @@ def test_red_circle_is_drawn_around_the_box(pixels: np.ndarray, mask: np.ndarray
 def test_any_image_mode_and_a_box_at_the_edge(name: str, mode: str) -> None:
     image = Image.new(mode, (W, H))
     edge, whole = Box(-5, 0, W + 5, 3), np.ones((H, W), bool)
-    shown, region = FOCUS[name](image, whole, edge)
+    shown, region = FOCUS[name].show(image, whole, edge)
     expected = (W, 3) if "crop" in name else (W, H)
     assert shown.size == expected
-    assert (region is not None) == ("alpha" in name and name != "no alpha")
+    assert (region is not None) == (name in ("alpha", "box alpha", ATTENTION_MASK))
+
+
+def test_blur_keeps_the_object_and_hides_the_rest(pixels: np.ndarray, mask: np.ndarray) -> None:
+    shown, region = FOCUS["blur"].show(Image.fromarray(pixels), mask, BOX)
+    assert region is None
+    seen = np.asarray(shown)
+    np.testing.assert_array_equal(seen[mask], pixels[mask])
+    # Noise of +-58 that is averaged over a Gaussian of sigma 12.5 px keeps 58 / (2 sqrt(pi) 12.5).
+    assert 0.5 < seen[~mask].std(0).mean() < 4
+    np.testing.assert_allclose(seen[~mask].mean(0), pixels.mean((0, 1)), atol=4)
+
+
+def test_blur_is_relative_to_the_image() -> None:
+    """ReCLIP's 100 px on COCO's 640: an edge is as wide as the picture is large."""
+    widths = []
+    for side in (64, 640):
+        edge = np.zeros((side, side, 3), np.uint8)
+        edge[:, side // 2 :] = 255
+        shown, _ = FOCUS["blur"].show(Image.fromarray(edge), np.zeros((side, side), bool), BOX)
+        profile = np.asarray(shown)[side // 2, :, 0] / 255
+        # Between these levels a Gaussian edge is one standard deviation wide on either side.
+        widths.append(((profile > 0.1587) & (profile < 0.8413)).sum() / side)
+    assert widths == pytest.approx([2 * 100 / 640] * 2, abs=0.035)
+
+
+def test_attention_mask_points_the_tower_and_leaves_alpha_alone(
+    model: AlphaClip, pixels: np.ndarray, mask: np.ndarray
+) -> None:
+    way = FOCUS[ATTENTION_MASK]
+    image, region = way.show(Image.fromarray(pixels), mask, BOX)
+    rgba = model.transform.replace(geometry="squash")(image, region)[None]
+    with torch.no_grad():
+        pointed = way.encode(model, rgba)
+        marked = model.transform.replace(geometry="squash")(Image.fromarray(mask))[:1] > 0
+        with attending_to(model.visual, marked[None].float()):
+            expected = model.encode_image(rgba[:, :3], normalize=True)
+        plain = model.encode_image(rgba[:, :3], normalize=True)
+    torch.testing.assert_close(pointed, expected)
+    torch.testing.assert_close(pointed.norm(dim=-1), torch.ones(1))
+    assert not torch.allclose(pointed, plain, atol=1e-3)
+    for name in set(FOCUS) - {ATTENTION_MASK}:
+        with torch.no_grad():
+            encoded = FOCUS[name].encode(model, rgba)
+        assert torch.equal(encoded, model.encode_image(rgba, normalize=True)), name
+
+
+def test_a_tower_that_cannot_be_masked_has_all_other_ways(
+    model: AlphaClip, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert ways_for(model) == list(FOCUS)
+    config = {"layers": [1, 1, 1, 1], "width": 16, "head_width": 16, "image_size": 32}
+    resnet: Any = SimpleNamespace(visual=_build_vision_tower(16, config))
+    with caplog.at_level(logging.WARNING):
+        assert ways_for(resnet) == [name for name in FOCUS if name != ATTENTION_MASK]
+    assert "attention mask is left out" in caplog.text
+    assert "ModifiedResNet" in caplog.text

@@ -1,6 +1,8 @@
 import io
 import json
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,10 @@ import torch
 from PIL import Image
 
 from alpha_clip.drops import Drops
+from alpha_clip.evaluation.inputs import Picture
 from alpha_clip.evaluation.region_classification import (
+    ALPHA_ONLY,
+    INVERTED,
     SHUFFLED,
     WRONG_OBJECT,
     RegionClassification,
@@ -17,8 +22,8 @@ from alpha_clip.evaluation.region_classification import (
 )
 from alpha_clip.model import AlphaClip
 from alpha_clip.reader import find_shards, read_samples
-from alpha_clip.regions import Box, RegionSample, decode_rle
-from alpha_clip.transforms import RegionTransform
+from alpha_clip.regions import Box, RegionSample, decode_jpeg, decode_rle
+from alpha_clip.transforms import Normalisation, RegionTransform
 
 NAMES = ["red thing", "green thing", "blue thing", "purple thing"]
 
@@ -56,6 +61,10 @@ def by_hand(
                 "box alpha": lambda image=image, r=region: transform(image, Box(*r.box)),
                 "crop": lambda image=image, b=(x1, y1, x2, y2): transform(image.crop(b)),
                 WRONG_OBJECT: lambda image=image, r=other: transform(image, decode_rle(r.rle)),
+                INVERTED: lambda image=image, r=region: transform(image, ~decode_rle(r.rle)),
+                ALPHA_ONLY: lambda image=image, r=region: torch.cat(
+                    [torch.zeros(3, *[transform.size] * 2), transform(image, decode_rle(r.rle))[3:]]
+                ),
             }[way]()
             features = model.encode_image(rgba[None], normalize=True)[0]
             scores = [float(features @ t) for t in text]
@@ -73,13 +82,68 @@ def test_scores_equal_a_count_by_hand(
         scores = benchmark.run(model)
     assert scores["regions"] == 12
     names = sorted(NAMES[:3])
-    for way in ("no alpha", "alpha", "box alpha", "crop", WRONG_OBJECT):
+    for way in ("no alpha", "alpha", "box alpha", "crop", WRONG_OBJECT, INVERTED, ALPHA_ONLY):
         found = by_hand(model, two_shards, names, template, way)
         assert scores[way] == pytest.approx(sum(ok for _, ok in found) / len(found)), way
     assert set(scores) == {
-        "regions", "no alpha", "alpha", SHUFFLED, WRONG_OBJECT, "box alpha", "crop", "masked crop",
-        "red circle",
+        "regions", "no alpha", "alpha", SHUFFLED, WRONG_OBJECT, INVERTED, ALPHA_ONLY, "box alpha",
+        "crop", "masked crop", "red circle", "blur", "attention mask", "within image/chance",
+        "within image/no alpha", "within image/alpha", "within image cosine/no alpha",
+        "within image cosine/alpha",
     }  # fmt: skip
+
+
+@torch.no_grad()
+def test_within_an_image_by_hand(model: AlphaClip, two_shards: Path) -> None:
+    scores = RegionClassification([str(two_shards)]).run(model)
+    transform = model.transform.replace(geometry="squash")
+    right, cosines = defaultdict(list), defaultdict(list)
+    for sample in samples_of(two_shards):
+        image = Image.open(io.BytesIO(sample.jpeg)).convert("RGB")
+        phrases = [region.text for region in sample.regions]
+        text = model.encode_text(model.tokenizer(phrases), normalize=True)
+        masks = [decode_rle(region.rle) for region in sample.regions]
+        for way, views in (
+            ("alpha", [transform(image, mask) for mask in masks]),
+            ("no alpha", [transform(image) for _ in masks]),
+        ):
+            features = model.encode_image(torch.stack(views), normalize=True)
+            right[way] += [int((text @ f).argmax()) == i for i, f in enumerate(features)]
+            cosines[way].append(float(features[0] @ features[1]))
+    for way in ("alpha", "no alpha"):
+        assert scores[f"within image/{way}"] == pytest.approx(sum(right[way]) / 12)
+        expected = sum(cosines[way]) / 6
+        assert scores[f"within image cosine/{way}"] == pytest.approx(expected, abs=1e-6)
+    assert scores["within image/chance"] == 0.5
+    assert scores["within image cosine/no alpha"] == pytest.approx(1)
+    assert scores["within image cosine/alpha"] < 0.9999
+
+
+def test_both_shares_of_right_regions_are_the_metric_of_training(
+    model: AlphaClip, two_shards: Path
+) -> None:
+    """All phrases of the data as candidates: then `alpha` is what validation calls region top-1."""
+    from alpha_clip.region_matching import RegionMatching
+
+    pictures = [(s, decode_jpeg(s.jpeg)) for s in samples_of(two_shards)]
+    metric = RegionMatching()
+    with torch.inference_mode():
+        scores = RegionClassification([str(two_shards)], focus=["alpha"]).run(model)
+        transform = model.transform.replace(geometry="squash")
+        for number, (sample, image) in enumerate(pictures):
+            rgb, alphas = transform.many(image, [r.rle for r in sample.regions])
+            phrases = [r.text for r in sample.regions]
+            metric.update(
+                model.encode_regions(rgb[None], alphas[None], normalize=True)[0],
+                model.encode_text(model.tokenizer(phrases), normalize=True),
+                torch.tensor([NAMES.index(p) for p in phrases]),
+                torch.full((len(phrases),), number),
+            )
+    figures = metric.compute()
+    assert scores["alpha"] == pytest.approx(float(figures["region_top1"]))
+    assert scores["within image/alpha"] == pytest.approx(float(figures["within_image_top1"]))
+    cosine = float(figures["within_image_cosine"])
+    assert scores["within image cosine/alpha"] == pytest.approx(cosine, abs=1e-5)
 
 
 def test_held_out_names_are_scored_apart(
@@ -116,22 +180,48 @@ class Oracle:
 
 def test_a_model_that_looks_where_alpha_says_is_right(model: AlphaClip, two_shards: Path) -> None:
     oracle: Any = Oracle(model)
-    scores = RegionClassification([str(two_shards)]).run(oracle)
-    for way in ("alpha", "box alpha", "crop", "masked crop"):
+    ways = ["no alpha", "alpha", "box alpha", "crop", "masked crop"]
+    scores = RegionClassification([str(two_shards)], focus=ways).run(oracle)
+    for way in ways[1:]:
         assert scores[way] == 1, way
-    assert scores[WRONG_OBJECT] == 0
+    assert scores[WRONG_OBJECT] == scores[INVERTED] == 0
+    assert scores[ALPHA_ONLY] == pytest.approx(1 / 3)  # no colour to see: it always says blue
     assert scores["no alpha"] <= 0.5  # two objects a picture, one answer
+    assert (scores["within image/alpha"], scores["within image/chance"]) == (1, 0.5)
+
+
+def test_a_way_that_the_tower_does_not_allow_is_refused_if_asked_for(
+    model: AlphaClip, two_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.visual, "pool_type", "avg")
+    every = RegionClassification([str(two_shards)], max_images=2).run(model)
+    assert "blur" in every
+    assert "attention mask" not in every
+    benchmark = RegionClassification([str(two_shards)], focus=["attention mask"])
+    with pytest.raises(ValueError, match="VisionTransformer pools in another way"):
+        benchmark.run(model)
+
+
+@pytest.fixture
+def make_pictures(make_sample: Callable[..., RegionSample]) -> Callable[..., list[Picture]]:
+    """Return pictures of coloured rectangles, one for each list of colours."""
+
+    def make(*colours: tuple[str, ...]) -> list[Picture]:
+        samples = [make_sample(str(i), c) for i, c in enumerate(colours)]
+        return [(s, decode_jpeg(s.jpeg)) for s in samples]
+
+    return make
 
 
 def test_controls_swap_alphas_between_and_within_images(
-    make_sample: Callable[..., RegionSample],
+    make_pictures: Callable[..., list[Picture]],
 ) -> None:
     """Picture 0 has regions 0..2, picture 1 has region 3; all have masks of their own."""
-    samples = [make_sample("0", ("red", "green", "blue")), make_sample("1", ("red",))]
-    views = RegionViews(samples, set(NAMES), RegionTransform(32, geometry="squash"))
+    pictures = make_pictures(("red", "green", "blue"), ("red",))
+    views = RegionViews(pictures, set(NAMES), RegionTransform(32, geometry="squash"))
     assert views.texts == ["red thing", "green thing", "blue thing", "red thing"]
     rgba = dict(views.all(["crop", "alpha"]))
-    assert list(rgba) == ["crop", "alpha", SHUFFLED, WRONG_OBJECT]
+    assert list(rgba) == ["crop", "alpha", SHUFFLED, WRONG_OBJECT, INVERTED, ALPHA_ONLY]
     own = rgba["alpha"]
     for control, sources in ((SHUFFLED, [{3}, {3}, {3}, {0, 1, 2}]), (WRONG_OBJECT, None)):
         assert torch.equal(rgba[control][:, :3], own[:, :3])
@@ -139,6 +229,24 @@ def test_controls_swap_alphas_between_and_within_images(
         for alpha, allowed in zip(rgba[control][:, 3], sources, strict=True):
             assert {i for i in range(4) if torch.equal(alpha, own[i, 3])} <= allowed
             assert any(torch.equal(alpha, own[i, 3]) for i in allowed)
+
+
+@pytest.mark.parametrize("normalisation", [Normalisation(), Normalisation(alpha_mean=0.3)])
+def test_controls_turn_alpha_round_and_leave_it_alone(
+    make_pictures: Callable[..., list[Picture]], normalisation: Normalisation
+) -> None:
+    transform = RegionTransform(32, normalisation, geometry="squash")
+    views = RegionViews(make_pictures(("red", "blue")), set(NAMES), transform)
+    rgba = dict(views.all(["alpha"]))
+    own, inverted, alone = (
+        torch.stack([normalisation.inverse(view) for view in rgba[name]])
+        for name in ("alpha", INVERTED, ALPHA_ONLY)
+    )
+    torch.testing.assert_close(inverted[:, 3], 1 - own[:, 3], rtol=0, atol=1e-6)
+    assert torch.equal(rgba[INVERTED][:, :3], rgba["alpha"][:, :3])
+    assert torch.equal(rgba[ALPHA_ONLY][:, 3], rgba["alpha"][:, 3])
+    mean = torch.tensor(normalisation.mean).view(3, 1, 1).expand(2, 3, 32, 32)
+    torch.testing.assert_close(alone[:, :3], mean, rtol=0, atol=1e-6)
 
 
 def test_max_images_reads_no_more(model: AlphaClip, two_shards: Path) -> None:
@@ -156,7 +264,25 @@ def test_a_single_region_has_no_other_to_swap_with(
     write_shards(tmp_path / "one", [make_sample("0", ("red",))])
     benchmark = RegionClassification([str(tmp_path / "one")], focus=["alpha"])
     with torch.inference_mode():
-        assert benchmark.run(model)["regions"] == 1
+        scores = benchmark.run(model)
+    assert scores["regions"] == 1
+    assert not [name for name in scores if name.startswith("within image")]
+
+
+def test_a_picture_that_cannot_be_decoded_is_left_out(
+    tmp_path: Path,
+    model: AlphaClip,
+    make_sample: Callable[..., RegionSample],
+    write_shards: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sound = [make_sample(str(i), ("red", "blue")) for i in range(2)]
+    cut = replace(make_sample("2", ("red", "blue")), jpeg=sound[0].jpeg[:-300])
+    write_shards(tmp_path / "cut", [*sound, cut])
+    benchmark = RegionClassification([str(tmp_path / "cut")], focus=["alpha"])
+    with torch.inference_mode():
+        assert benchmark.run(model)["regions"] == 4
+    assert "corrupt_image" in caplog.text
 
 
 def test_an_unknown_way_is_refused(two_shards: Path) -> None:

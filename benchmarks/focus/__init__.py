@@ -1,0 +1,1 @@
+"""How well do ways of pointing at a region work, and what do they cost the whole image?"""
