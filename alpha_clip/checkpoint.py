@@ -103,6 +103,9 @@ def write_checkpoint(
 
     Returns:
         The folder.
+
+    Raises:
+        OSError: If it can't be written, to a full disk, say; what was there before still is.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,10 +116,12 @@ def write_checkpoint(
         save_file(plain, weights, metadata={"format": "pt"})
         with weights.open("rb") as file:
             os.fsync(file.fileno())
-    except BaseException:  # a full disk, say: what was there stays, and nothing half made
+    except (OSError, SafetensorError) as error:
         config.unlink(missing_ok=True)
         weights.unlink(missing_ok=True)
-        raise
+        raise OSError(
+            f"{folder} could not be written ({error}); what was there before still is: make room"
+        ) from error
     os.replace(config, folder / CONFIG_FILE)
     os.replace(weights, folder / WEIGHTS_FILE)
     return folder

@@ -14,7 +14,7 @@ from alpha_clip.batches import Collate, RegionBatch
 from alpha_clip.datasets import RegionShards
 from alpha_clip.drops import Drops
 from alpha_clip.geometry import SharedGeometry
-from alpha_clip.loader import TrainingBatches, one_thread
+from alpha_clip.loader import TrainingBatches, start_worker
 from alpha_clip.model import AlphaClip
 from alpha_clip.phrases import PhraseFeatures
 from alpha_clip.reader import find_shards
@@ -175,7 +175,7 @@ class RegionDataModule(L.LightningDataModule):
             num_workers=self.workers,
             collate_fn=Collate(model.tokenizer),
             pin_memory=self._on_gpu(),
-            worker_init_fn=one_thread,
+            worker_init_fn=start_worker,
         )
 
     def _shards(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from alpha_clip.datasets import RegionShards
 from alpha_clip.streams import Place
 
 log = logging.getLogger(__name__)
+
+_ENDS = (signal.SIGTERM, signal.SIGINT)
 
 
 class TrainingBatches:
@@ -30,7 +34,8 @@ class TrainingBatches:
         pin_memory: Whether batches are put where a GPU copies them from.
 
     Raises:
-        ValueError: If one pass does not fill a batch, or a reader would get nothing of a data set.
+        ValueError: If one pass does not fill a batch, a reader would get nothing of a data set, or
+            a step would have a single region, which nothing contradicts.
     """
 
     def __init__(
@@ -55,6 +60,11 @@ class TrainingBatches:
                 f"the {few.samples} images like those in {few.shards[0].file} do not suffice for "
                 f"{readers} readers ({data.world} processes x {workers} workers); use fewer workers"
             )
+        if batch_size * data.world * data.sampling.regions_per_image < 2:
+            raise ValueError(
+                "a step needs at least two regions to tell apart, got batch_size 1 with one region "
+                "an image; make data.batch_size or data.sampling.regions_per_image larger"
+            )
         samples = sum(part.samples for part in data.sets)
         self._length = samples // (batch_size * data.world)
         if not self._length:
@@ -70,14 +80,17 @@ class TrainingBatches:
         # Nothing is read before the first batch is asked for: until then a state may be loaded.
         self._data.places = dict(self._places)
         self._data.first_worker = self._taken % max(1, self._workers)
-        yield from DataLoader(
+        loader = DataLoader(
             self._data,
             batch_size=self._batch_size,
             num_workers=self._workers,
             collate_fn=self._collate,
             pin_memory=self._pin_memory,
-            worker_init_fn=one_thread,
+            worker_init_fn=start_worker,
         )
+        with _signals_held():  # until the workers have begun to ignore them
+            batches = iter(loader)
+        yield from batches
 
     def took(self, batch: RegionBatch) -> None:
         """Note that a batch was trained on."""
@@ -116,9 +129,30 @@ class TrainingBatches:
         )
 
 
-def one_thread(_: int) -> None:
-    """Keep a worker to one core; the step needs the others."""
+def start_worker(_: int) -> None:
+    """Keep a worker to one core, and to its work: whoever ends a run, its parent ends it.
+
+    A terminal's Ctrl-C and a cluster's SIGTERM reach every process; a run without its readers could
+    not finish the step that it saves behind.
+    """
     torch.set_num_threads(1)
+    for number in _ENDS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let signals wait; processes that are started in between inherit that."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _of_every_process(places: dict[int, Any], world: int) -> list[dict[int, Any]]:

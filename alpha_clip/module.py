@@ -23,7 +23,7 @@ from alpha_clip.geometry import Geometry
 from alpha_clip.losses import Pairs, RegionContrastiveLoss, RegionLoss, RegionSigmoidLoss
 from alpha_clip.optim import OptimConfig, create_optimizer, create_schedule, declare_roles
 from alpha_clip.region_matching import RegionMatching
-from alpha_clip.sharding import shard
+from alpha_clip.sharding import join, shard, split
 from alpha_clip.trainable import TrainableConfig
 from alpha_clip.training_checkpoint import add_model, check_recipe, write_model
 
@@ -112,8 +112,16 @@ class AlphaClipModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Split the image tower over the GPUs, where the strategy is FSDP2."""
-        if self.device_mesh is not None:
-            shard(self.model, self.device_mesh["data_parallel"])
+        if self.device_mesh is None:
+            return
+        mesh = self.device_mesh["data_parallel"]
+        if mesh.size() != self.trainer.world_size:
+            raise ValueError(
+                f"the strategy splits the data over {mesh.size()} of {self.trainer.world_size} "
+                "processes: the others would train models of their own; set data_parallel_size to "
+                "their number and tensor_parallel_size to 1"
+            )
+        shard(self.model, mesh)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return AdamW and its schedule over the real number of steps."""
@@ -149,6 +157,10 @@ class AlphaClipModule(L.LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        """Under FSDP, gather the weights: processes may have different numbers of batches."""
+        join(self.model)
+
     def validation_step(self, batch: RegionBatch, batch_idx: int) -> None:
         """Collect the features of regions and of their phrases."""
         image = self.model.encode_regions(batch.rgb, batch.alphas, normalize=True)
@@ -161,6 +173,7 @@ class AlphaClipModule(L.LightningModule):
             # The same on every process already; Lightning wants to be told.
             self.log(f"val/{name}", value, prog_bar=name == "region_top1", sync_dist=True)
         self.val_matching.reset()
+        split(self.model)
 
     def _encode(self, batch: RegionBatch) -> Tensor:
         """Return the features of all regions, `[batch, regions, dim]`, of length 1."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from alpha_clip.model import AlphaClip
 
@@ -31,11 +31,34 @@ def shard(model: AlphaClip, mesh: Any) -> None:
             f"under FSDP only the image tower trains, but {others[0]} and {len(others) - 1} others "
             "do as well; freeze them (trainable.text, trainable.logit_scale), or use ddp"
         )
-    if hasattr(tower, "set_requires_gradient_sync"):  # done before
+    if isinstance(tower, FSDPModule):  # done before
         return
     for block in _blocks(tower):
         fully_shard(block, mesh=mesh)
     fully_shard(tower, mesh=mesh)
+
+
+def join(model: AlphaClip) -> None:
+    """Gather all weights on every process until `split`; every process has to call it.
+
+    So each may encode as many batches as it likes: validation data seldom come out even, and a
+    forward pass of split weights waits for the other processes.
+    """
+    for part in _sharded(model):
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+
+
+def split(model: AlphaClip) -> None:
+    """Undo `join`."""
+    for part in _sharded(model):
+        # The whole tower's own few weights stay between forward and backward, as FSDP has it.
+        part.set_reshard_after_forward(part is not model.visual, recurse=False)
+        part.reshard()
+
+
+def _sharded(model: AlphaClip) -> list[Any]:
+    return [part for part in model.visual.modules() if isinstance(part, FSDPModule)]
 
 
 def _blocks(tower: nn.Module) -> list[nn.Module]:

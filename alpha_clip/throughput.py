@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from alpha_clip.batches import RegionBatch
@@ -30,14 +31,17 @@ class Throughput(L.Callback):
         self._since = 0.0
         self._images = self._regions = 0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look up the peak of the device, and count what a region costs."""
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Look up the peak of the device; count what a region costs, while the model is whole."""
         half = "bf16" in str(trainer.precision) or "16" in str(trainer.precision)
         dtype = torch.bfloat16 if half else torch.float32
         self._peak = get_available_flops(trainer.strategy.root_device, dtype)
         if self._peak:
             module: Any = pl_module
             self._flops = flops_per_region(module.model)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin to measure."""
         self._begin(trainer)
 
     def on_train_batch_end(
@@ -79,9 +83,16 @@ class Throughput(L.Callback):
 def flops_per_region(model: AlphaClip) -> float:
     """Return the floating-point operations of a training step for one region in the image tower.
 
-    Counted on a copy without memory; what is frozen costs no gradient of its own.
+    Counted on a copy without memory; what is frozen costs no gradient of its own, and what
+    checkpointing computes again does not count.
     """
-    tower = copy.deepcopy(model.visual).to("meta")
+    empty = {
+        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad)
+        for p in model.visual.parameters()
+    }
+    tower: Any = copy.deepcopy(model.visual, empty).to("meta")
+    if hasattr(tower, "set_grad_checkpointing"):
+        tower.set_grad_checkpointing(False)
     rgba = torch.zeros(1, 4, model.image_size, model.image_size, device="meta")
     with FlopCounterMode(display=False) as counter:
         features = tower(rgba)

@@ -85,7 +85,10 @@ def test_the_table_is_mean_and_deviation_of_the_scores(
         for seed, shift in enumerate(shifts):
             _scores(tmp_path / "runs" / method.slug / str(seed), shift)
     report(tmp_path, [0, 1, 2])
-    rows = {row["method"]: row for row in csv.DictReader((tmp_path / "focus.csv").open())}
+    rows = {
+        row["method"]: row
+        for row in csv.DictReader((tmp_path / "focus.csv").read_text().splitlines())
+    }
     spread = statistics.stdev(shifts)
     ours = rows["all blocks"]
     assert float(ours["region top-1"]) == pytest.approx(0.05 + statistics.fmean(shifts))

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
@@ -59,8 +59,14 @@ def focus(
     job = _Job(output, train, test, base, names, config, threads)
     work = [(None, 0), *((method, seed) for seed in seeds for method in TRAINED)]
     with ThreadPoolExecutor(parallel) as pool, tqdm(total=len(work), unit="run") as progress:
-        for _ in pool.map(lambda one: job.run(*one), work):
-            progress.update()
+        runs = [pool.submit(job.run, method, seed) for method, seed in work]
+        try:
+            for run in as_completed(runs):
+                run.result()
+                progress.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what runs may end, the rest need not begin
+            raise
     report(output, seeds)
 
 
@@ -116,9 +122,8 @@ class _Job:
             ("retrieval", "image_retrieval.ImageRetrieval", {"data": self.test}),
         ):
             scores = folder / f"{name}.json"
-            flags = [
-                f"--benchmark.init_args.{key}={json.dumps(value)}" for key, value in options.items()
-            ]
+            values = {k: v if isinstance(v, str) else json.dumps(v) for k, v in options.items()}
+            flags = [f"--benchmark.init_args.{key}={value}" for key, value in values.items()]
             paths = ["--checkpoint", model, "--output", str(scores)]
             _run(
                 ["eval", *paths, "--benchmark", f"{_CLASSES}.{kind}", *flags], scores, self.threads

@@ -223,3 +223,12 @@ def test_a_failed_save_leaves_the_old_checkpoint(
     with pytest.raises(OSError, match="no space"):
         alpha_clip.save_checkpoint(model, copied)
     assert alpha_clip.load_checkpoint(copied).name == model.name
+
+
+def test_a_full_disk_keeps_the_checkpoint_that_is_there(
+    copied: Path, model: AlphaClip, full_disk: None
+) -> None:
+    before = {file.name: file.read_bytes() for file in copied.iterdir()}
+    with pytest.raises(OSError, match=r"copy could not be written .*: make room"):
+        alpha_clip.save_checkpoint(model, copied)
+    assert {file.name: file.read_bytes() for file in copied.iterdir()} == before

@@ -1,20 +1,9 @@
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from alpha_clip.checkpoint_io import AtomicCheckpointIO
-
-
-@pytest.fixture
-def full_disk() -> Iterator[None]:
-    """No file may grow beyond 100 kB."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

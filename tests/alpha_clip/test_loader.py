@@ -148,6 +148,17 @@ def test_another_number_of_workers_begins_anew_with_a_word(
     assert not same(next(iter(other)), next(iter(plain)))
 
 
+def test_a_step_of_one_region_is_refused(model: AlphaClip, sets: list[ShardSet]) -> None:
+    def loader(regions: int) -> TrainingBatches:
+        sampling = Sampling(regions, 0.1)
+        data = RegionShards(sets, RegionAugment(16), sampling, seed=0, shuffle=4)
+        return TrainingBatches(data, 1, 0, Collate(model.tokenizer))
+
+    assert len(loader(2)) == 23
+    with pytest.raises(ValueError, match="at least two regions to tell apart"):
+        loader(1)
+
+
 def test_more_workers_than_images_are_refused(model: AlphaClip, sets: list[ShardSet]) -> None:
     with pytest.raises(ValueError, match=r"8 images .* 12 readers \(2 processes x 6 workers\)"):
         batches(model, sets, 6, world=2)

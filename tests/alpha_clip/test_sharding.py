@@ -11,7 +11,7 @@ from torch import multiprocessing as mp
 import alpha_clip
 from alpha_clip.lora import LoraConfig
 from alpha_clip.optim import OptimConfig, create_optimizer, declare_roles
-from alpha_clip.sharding import _blocks, shard
+from alpha_clip.sharding import _blocks, join, shard, split
 from alpha_clip.trainable import TrainableConfig
 
 RATES = OptimConfig(lr_alpha=1e-2, lr=1e-2, lr_lora=1e-2, weight_decay=0.1)
@@ -32,6 +32,13 @@ def trained(name: str, recipe: str, rank: int, world: int) -> dict[str, torch.Te
         assert weight.to_local().shape[0] * world == weight.shape[0]
     optimizer = create_optimizer(model.named_parameters(), roles, RATES)
     size = model.image_size
+    join(model)  # validation: the second process has nothing to do, and the first does not wait
+    if rank == 0:
+        with torch.no_grad():
+            ones, halves = torch.ones(2, 4, size, size), torch.full((1, 4, size, size), 0.5)
+            validated = [model.encode_image(rgba) for rgba in (ones, halves, ones)]
+        assert torch.equal(validated[0], validated[2])
+    split(model)
     for step in range(2):
         torch.manual_seed(step)
         rgba, target = torch.randn(4, 4, size, size), torch.randn(4, 4)

@@ -26,6 +26,15 @@ def test_what_is_frozen_costs_less(tiny_name: str) -> None:
     assert costs[1] < 0.6 * costs[0]
 
 
+def test_what_is_computed_again_does_not_count(tiny_name: str) -> None:
+    model, _, _ = alpha_clip.create_model(tiny_name)
+    TrainableConfig().apply(model)
+    before = flops_per_region(model)
+    model.visual.set_grad_checkpointing(True)
+    assert flops_per_region(model) == before
+    assert model.visual.transformer.grad_checkpointing  # the model itself is left as it was
+
+
 class Log:
     def __init__(self) -> None:
         self.seen: list[dict[str, float]] = []
@@ -55,6 +64,7 @@ def test_speed_is_images_and_regions_a_second(
     )
     batch: Any = SimpleNamespace(alphas=torch.zeros(5, 3, 1, 8, 8))
     module: Any = SimpleNamespace(model=model)
+    meter.setup(trainer, module, "fit")
     meter.on_train_start(trainer, module)
     for step in range(2):
         meter.on_train_batch_end(trainer, module, None, batch, step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,7 +79,12 @@ def command(tiny_name: str, shards: Path) -> Callable[..., list[str]]:
 def start(command: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
     )
 
 
@@ -125,7 +131,7 @@ def test_killed_and_told_to_go_a_run_ends_as_if_left_alone(
     written = last.stat().st_mtime
     process = start(command(output))
     wait_for(last, process, newer_than=written)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # its readers get it, too
     words = finish(process)
     assert "SIGTERM: the run ends after this step" in words
     step = int(words.split("stopped after step ")[1].split(";")[0])
@@ -243,6 +249,8 @@ def test_a_damaged_checkpoint_stops_before_work(
         ("--data.train=[nowhere]", "nowhere holds no finished shards"),
         ("--model.optim.warmup_steps=3", "warmup_steps = 3 leaves nothing of a run of 3 steps"),
         ("--data.phrases=nowhere", "nowhere holds no text features"),
+        ("--data.train=[of_another_schema]", "no sound sample in 5 shards"),
+        ("--data.train=[empty]", "empty holds no finished shards"),
     ],
 )
 def test_what_can_not_work_stops_before_work(
@@ -250,9 +258,17 @@ def test_what_can_not_work_stops_before_work(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    shards: Path,
     option: str,
     message: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    shutil.copytree(shards, "of_another_schema")
+    for tar in Path("of_another_schema").glob("*.tar"):
+        content = tar.read_bytes()
+        assert b'"v":1' in content
+        tar.write_bytes(content.replace(b'"v":1', b'"v":9'))
     assert run(command(tmp_path / "run", *short(option)), monkeypatch) == 2
     assert message in capsys.readouterr().err
 
