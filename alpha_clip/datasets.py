@@ -102,7 +102,8 @@ class RegionShards(IterableDataset[LoadedSample]):
         image = decode_jpeg(sample.jpeg)
         masks: list[Region] = [None if r is None else r.rle for r, _ in chosen]
         with torch.random.fork_rng(devices=()):  # what RegionAugment draws from
-            torch.manual_seed(int(rng.integers(2**62)))
+            # Not torch.manual_seed: it asks every kind of device, a millisecond each time.
+            torch.default_generator.manual_seed(int(rng.integers(2**62)))
             rgb, alphas = self.transform.many(image, masks)
         texts, whole = [text for _, text in chosen], [mask is None for mask in masks]
         picture = _number(f"{sample.source}/{sample.key}")

@@ -84,7 +84,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._restore()
 
     def _write(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(os.path.join(str(self.dirpath), "last.ckpt"))
+        trainer.save_checkpoint(os.path.join(str(self.dirpath), "last.ckpt"), weights_only=False)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._told and number == signal.SIGINT:

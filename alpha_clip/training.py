@@ -23,7 +23,7 @@ _BENIGN = (
     r"Found \d+ module\(s\) in eval mode",  # frozen towers stay in eval mode on purpose
     "does not have many workers",  # the config says how many
     "Total length of .list. across ranks is zero",  # no validation data were given
-    "isinstance.treespec, LeafSpec. is deprecated",  # inside Lightning
+    "isinstance.treespec, LeafSpec.. is deprecated",  # inside Lightning
     r"torch.distributed.nn.functional.all_gather is deprecated",  # open_clip's, under torch 2.15
     "Checkpoint directory .* exists and is not empty",  # a run that goes on
     # AlphaClipModule builds its layers itself and only shards them there.
@@ -36,7 +36,8 @@ class TrainingCLI(LightningCLI):
 
     One key more, `output`, is the folder of a run: `model/` (what `create_model` takes),
     `checkpoints/` (`last.ckpt` and the best by validation, to go on from), `metrics/` (CSV, a
-    version each start), `tensorboard/`. `last` is our `LastCheckpoint`, `best` a `ModelCheckpoint`.
+    version each start), `tensorboard/`. A command whose folder has a checkpoint goes on from it; to
+    begin anew, give another `output`. `last` is our `LastCheckpoint`, `best` a `ModelCheckpoint`.
 
     Args:
         arguments: The command and its options; `None` takes what was typed.
@@ -79,8 +80,12 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Fill in what follows from the run's folder."""
         config = self.config[self.subcommand]
-        if config.model.output is None and self.subcommand == "fit":
+        if self.subcommand != "fit":
+            return
+        if config.model.output is None:
             config.model.output = os.path.join(config.output, "model")
+        if config.ckpt_path is None:  # a run never begins anew over what it has made
+            config.ckpt_path = "last"
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Add loggers, unless the config has its own, and the callbacks of every run."""

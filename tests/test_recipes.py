@@ -283,10 +283,9 @@ def test_the_weights_are_known_to_open_clip(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", REAL, ids=lambda recipe: recipe.stem)
-def test_a_recipe_can_be_stopped_and_has_an_output_of_its_own(recipe: Path) -> None:
+def test_a_recipe_has_an_output_and_an_end_of_its_own(recipe: Path) -> None:
     settings = yaml.safe_load(recipe.read_text())
     assert settings["output"] == f"runs/{recipe.stem}"
-    assert settings["ckpt_path"] == "last"
     assert {"max_epochs", "max_steps"} & settings["trainer"].keys()  # Lightning's own is 1000
 
 

@@ -50,7 +50,6 @@ def command(tiny_name: str, shards: Path) -> Callable[..., list[str]]:
     def typed(output: Path, *more: str) -> list[str]:
         options = {
             "output": output,
-            "ckpt_path": "last",
             "model.encoder.name": tiny_name,
             "model.optim.lr": 1e-3,
             "data.train": f"[{shards}]",
