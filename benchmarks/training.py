@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
 from alpha_clip.batches import RegionBatch, phrase_ids
 from alpha_clip.demo import config_file
@@ -49,7 +50,7 @@ def training(
         device: Where to train in the first comparison.
         output: CSV file for the table.
     """
-    warnings.filterwarnings("ignore", ".*(many workers|in eval mode|treespec)")
+    warnings.filterwarnings("ignore", ".*(many workers|in eval mode|treespec|val_dataloader)")
     tiny = f"local-dir:{Path(config_file('models/tiny/open_clip_config.json')).parent}"
     module = AlphaClipModule(EncoderConfig(name=name or tiny))
     batches = [random_batch(module, batch_size, device)] * steps
@@ -108,7 +109,7 @@ def fitted(module: AlphaClipModule, batches: list[RegionBatch], device: str, fol
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, batches)
+    trainer.fit(module, DataLoader(batches, batch_size=None))
     return clock.seconds
 
 
