@@ -37,7 +37,7 @@ class EncoderConfig:
     Attributes:
         name: An open_clip architecture, or `local-dir:FOLDER` with its config.
         pretrained: An open_clip tag or file.
-        checkpoint: A folder written by `save_checkpoint`, instead of the two.
+        checkpoint: A folder of `save_checkpoint`, or a `.ckpt` of a run, instead of the two.
         image_size: Side of the input in pixels, if it should be another than the architecture's.
         geometry: How the trained model's own transform makes an image square.
     """
