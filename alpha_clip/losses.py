@@ -123,9 +123,9 @@ class RegionContrastiveLoss(RegionLoss):
     ) -> Float[Tensor, ""]:
         """Return the mean of the image-to-text and the text-to-image loss; see `RegionLoss`."""
         everyone = pairs.gathered(self.gather_gradient)
-        rows = pairs if self.local_loss else everyone
-        first = dist.get_rank() * len(rows.image) if self.local_loss and _world() > 1 else 0
-        target = torch.arange(first, first + len(rows.image), device=rows.image.device)
+        rows, target = pairs, _own_columns(pairs)
+        if not self.local_loss:
+            rows, target = everyone, torch.arange(len(everyone.image), device=target.device)
         contradict = rows.contradict(everyone) if self.mask_false_negatives else None
         losses = []
         for ours, theirs in ((rows.image, everyone.text), (rows.text, everyone.image)):
@@ -170,9 +170,7 @@ class RegionSigmoidLoss(RegionLoss):
         logits = logit_scale.float() * _similarity(pairs.image, everyone.text)
         if logit_bias is not None:
             logits = logits + logit_bias.float()
-        rows = torch.arange(len(logits), device=logits.device)
-        target = rows + (dist.get_rank() * len(logits) if _world() > 1 else 0)
-        sign = torch.full_like(logits, -1).index_put((rows, target), torch.ones(()).to(logits))
+        sign = torch.full_like(logits, -1).scatter(1, _own_columns(pairs)[:, None], 1.0)
         losses = -F.logsigmoid(sign * logits)
         if self.mask_false_negatives:
             losses = losses.masked_fill(~(pairs.contradict(everyone) | (sign > 0)), 0.0)
@@ -183,6 +181,12 @@ def _similarity(rows: Tensor, columns: Tensor) -> Tensor:
     """Return cosines in fp32: 100 times a cosine in bf16 would be off by up to 0.4."""
     with torch.autocast(rows.device.type, enabled=False):
         return rows.float() @ columns.float().T
+
+
+def _own_columns(rows: Pairs) -> Tensor:
+    """Say where this process's rows are among everyone's."""
+    first = dist.get_rank() * len(rows.image) if _world() > 1 else 0
+    return torch.arange(first, first + len(rows.image), device=rows.image.device)
 
 
 def _world() -> int:

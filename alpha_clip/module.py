@@ -6,6 +6,7 @@ code trains the CLIP that an Alpha-CLIP starts from.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from alpha_clip.batches import RegionBatch
 from alpha_clip.data import RegionDataModule
 from alpha_clip.factory import create_model
 from alpha_clip.geometry import Geometry
+from alpha_clip.late_number import LateNumber
 from alpha_clip.losses import Pairs, RegionContrastiveLoss, RegionLoss, RegionSigmoidLoss
 from alpha_clip.optim import OptimConfig, create_optimizer, create_schedule, declare_roles
 from alpha_clip.region_matching import RegionMatching
@@ -108,7 +110,7 @@ class AlphaClipModule(L.LightningModule):
             tower.compile()
         self._joins = compile or chunk is not None
         self._seed = 0
-        self._norm: Tensor | None = None
+        self._norm: LateNumber | None = None
 
     def configure_model(self) -> None:
         """Split the image tower over the GPUs, where the strategy is FSDP2."""
@@ -145,7 +147,11 @@ class AlphaClipModule(L.LightningModule):
     def on_train_batch_start(self, batch: RegionBatch, batch_idx: int) -> None:
         """Make dropout and the like a function of the step: a resumed run repeats it."""
         place = (self._seed, self.current_epoch, batch_idx, self.global_rank)
-        torch.manual_seed(hash(place) % 2**63)
+        seed = hash(place) % 2**63
+        # torch.manual_seed would visit every kind of device, which takes longer than all else here.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def forward(self, batch: RegionBatch) -> Pairs:
         """Return the features of a training batch."""
@@ -216,23 +222,24 @@ class AlphaClipModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the length of the gradient; stop if that of the step before was not finite."""
         self._check_finite()
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self._norm = torch.nn.utils.get_total_norm(gradients)
-        self.log("train/grad_norm", self._norm)
+        learning = (p for group in optimizer.param_groups for p in group["params"])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
+        self._norm = LateNumber(norm)
+        self.log("train/grad_norm", norm)
 
     def _check_finite(self) -> None:
         """Stop a run whose weights are lost.
 
-        That is noticed one step late, so that a GPU never waits for it, but before every
+        That is noticed one step late, so that a GPU need not wait for the CPU, but before every
         checkpoint: those hold sound weights.
         """
         scales = isinstance(self.trainer.precision_plugin, MixedPrecision) and (
             self.trainer.precision_plugin.scaler is not None
         )  # fp16's scaler leaves such steps out by itself
-        if self._norm is None or scales or bool(self._norm.isfinite()):
+        if self._norm is None or scales or math.isfinite(norm := self._norm.read()):
             return
         raise RuntimeError(
-            f"the gradient was {float(self._norm)} in step {self.global_step} (epoch "
+            f"the gradient was {norm} in step {self.global_step} (epoch "
             f"{self.current_epoch}): the loss or the learning rate went out of bounds. The weights "
             "of this moment are not kept; the last checkpoint is sound. Go on from it with smaller "
             "rates or trainer.gradient_clip_val, in a new run (model.encoder.checkpoint)"

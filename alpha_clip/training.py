@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -16,6 +16,7 @@ from alpha_clip.checkpoint_io import AtomicCheckpointIO
 from alpha_clip.data import RegionDataModule
 from alpha_clip.last_checkpoint import LastCheckpoint
 from alpha_clip.module import AlphaClipModule
+from alpha_clip.progress import RunProgress
 from alpha_clip.throughput import Throughput
 
 _BENIGN = (
@@ -97,10 +98,11 @@ class TrainingCLI(LightningCLI):
                 TensorBoardLogger(output, "tensorboard", version=""),
             ]
         callbacks = given.callbacks or []
-        kwargs["callbacks"] = [
-            *(callbacks if isinstance(callbacks, list) else [callbacks]),
-            Throughput(),
-        ]
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        kwargs["callbacks"] = [*callbacks, Throughput()]
+        own = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if given.enable_progress_bar is not False and not own:
+            kwargs["callbacks"].append(RunProgress())
         if given.logger is not False and not given.fast_dev_run:
             kwargs["callbacks"].append(LearningRateMonitor("step"))
         plugins = given.plugins or []

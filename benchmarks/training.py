@@ -11,6 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -24,6 +25,7 @@ from alpha_clip.batches import RegionBatch, phrase_ids
 from alpha_clip.demo import config_file
 from alpha_clip.module import AlphaClipModule, EncoderConfig
 from alpha_clip.optim import create_optimizer, create_schedule
+from alpha_clip.progress import RunProgress
 from alpha_clip.throughput import Throughput
 from benchmarks.data import write_shard
 from benchmarks.timing import Row, compare, report
@@ -53,13 +55,16 @@ def training(
     warnings.filterwarnings("ignore", ".*(many workers|in eval mode|treespec|val_dataloader)")
     tiny = f"local-dir:{Path(config_file('models/tiny/open_clip_config.json')).parent}"
     module = AlphaClipModule(EncoderConfig(name=name or tiny))
-    batches = [random_batch(module, batch_size, device)] * steps
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        ways: dict[str, Callable[[], object]] = {
-            "bare loop": lambda: bare(module, batches, device),
-            "Trainer.fit": lambda: fitted(module, batches, device, folder),
-        }
-        rows = compare(f"{steps} steps of {module.model.name}", ways, rounds, device)
+        for images in (batch_size, 1):  # with one image, what the trainer costs is seen best
+            batches = [random_batch(module, images, device)] * steps
+            ways: dict[str, Callable[[], object]] = {
+                "bare loop": partial(bare, module, batches, device),
+                "Trainer.fit": partial(fitted, module, batches, device, folder),
+            }
+            case = f"{steps} steps of {module.model.name}, {2 * images} regions"
+            rows += compare(case, ways, rounds, device)
         rows += _scaling(folder, tiny, steps, rounds)
     report(rows, output)
     return rows
@@ -104,7 +109,7 @@ def fitted(module: AlphaClipModule, batches: list[RegionBatch], device: str, fol
         devices=1,
         max_steps=len(batches),
         logger=CSVLogger(folder, flush_logs_every_n_steps=1),
-        callbacks=[clock, Throughput(), LearningRateMonitor("step")],
+        callbacks=[clock, Throughput(), RunProgress(), LearningRateMonitor("step")],
         log_every_n_steps=10,
         enable_checkpointing=False,
         enable_model_summary=False,

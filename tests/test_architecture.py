@@ -49,6 +49,8 @@ LAYERS = [
         "alpha_clip.region_matching",
         "alpha_clip.checkpoint_io",
         "alpha_clip.last_checkpoint",
+        "alpha_clip.late_number",
+        "alpha_clip.progress",
         "alpha_clip.throughput",
     ],
     ["alpha_clip.module", "alpha_clip.report"],

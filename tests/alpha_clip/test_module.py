@@ -1,3 +1,4 @@
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import alpha_clip
 from alpha_clip.batches import RegionBatch
 from alpha_clip.data import RegionDataModule
+from alpha_clip.last_checkpoint import LastCheckpoint
 from alpha_clip.lora import LoraConfig
 from alpha_clip.losses import RegionContrastiveLoss, RegionSigmoidLoss
 from alpha_clip.module import AlphaClipModule, EncoderConfig
@@ -355,8 +357,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run(fit: Fit, tmp_path: Path) -
 
 def test_lost_weights_are_never_written(fit: Fit, tmp_path: Path) -> None:
     """Also where the checkpoint is due in the very step that lost them."""
-    from alpha_clip.last_checkpoint import LastCheckpoint
-
     folder = tmp_path / "checkpoints"
     keep = LastCheckpoint(str(folder), every_n_train_steps=1)
     with pytest.raises(RuntimeError, match="the gradient was inf in step 3"):
@@ -371,6 +371,38 @@ def test_lost_weights_are_never_written(fit: Fit, tmp_path: Path) -> None:
     assert all(v.isfinite().all() for v in saved["state_dict"].values())
     loaded = alpha_clip.load_checkpoint(tmp_path / "out")
     assert all(v.isfinite().all() for v in loaded.state_dict().values())
+
+
+class Interrupt(L.Callback):
+    """Sends this process a signal in its second step, as a terminal or a cluster does."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == 1:
+            signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_stop_a_run_saves_and_leaves_without_error(
+    fit: Fit, tmp_path: Path, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    keep = LastCheckpoint(str(tmp_path / "checkpoints"))
+    with pytest.raises(SystemExit) as stop:
+        fit(steps=6, callbacks=(Interrupt(number), keep), trainer={"enable_checkpointing": True})
+    assert stop.value.code == 0
+    saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 2
+    assert signal.getsignal(number) is before
+
+
+def test_who_asks_twice_need_not_wait(tmp_path: Path) -> None:
+    keep = LastCheckpoint(str(tmp_path))
+    keep._note(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        keep._note(signal.SIGINT, None)
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(fit: Fit, tmp_path: Path) -> None:
