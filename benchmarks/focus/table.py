@@ -116,13 +116,14 @@ def _plot(rows: dict[str, Figures], file: Path) -> None:
                 label=column,
                 error_kw={"lw": 0.8},
             )
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title, fontsize=10, pad=22)
         axis.set_yticks(range(len(rows)), list(rows), fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", lw=0.4)
         axis.set_axisbelow(True)
         if len(columns) > 1:
-            axis.legend(fontsize=8, loc="lower right")
+            above = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.99), "ncols": len(columns)}
+            axis.legend(fontsize=8, frameon=False, **above)
     axes[0].invert_yaxis()
     figure.tight_layout()
     figure.savefig(file, dpi=110)
