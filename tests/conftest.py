@@ -16,6 +16,11 @@ REPO = Path(__file__).resolve().parent.parent
 Members = list[tuple[str, bytes]]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long ones: else one core would be busy with them at the end, others idle."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 class Grit:
     """Makes pictures and samples as GRIT has them."""
 
