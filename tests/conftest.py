@@ -16,9 +16,25 @@ REPO = Path(__file__).resolve().parent.parent
 Members = list[tuple[str, bytes]]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the long ones: else one core would be busy with them at the end, others idle."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give each worker its share of the long tests to begin with.
+
+    Workers get equal stretches of the list and steal from one another's ends: long tests that come
+    last, or all in one stretch, keep one core busy while the others are idle.
+    """
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    fast = [item for item in items if not item.get_closest_marker("slow")]
+    files = list(dict.fromkeys(item.path for item in slow))  # they share what they set up
+    stretch = -(-len(fast) // workers)
+    items[:] = [
+        item
+        for w in range(workers)
+        for item in [
+            *(item for item in slow if files.index(item.path) % workers == w),
+            *fast[w * stretch : (w + 1) * stretch],
+        ]
+    ]
 
 
 class Grit:
