@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from alpha_clip.evaluation.base import Benchmark
 from alpha_clip.factory import create_model
+from alpha_clip.model import AlphaClip
 
 _COMMANDS = {
     "demo": "the whole road, on drawn scenes or on your own tars, with a report",
@@ -100,36 +100,63 @@ def phrases(
 
 
 def evaluate(
-    checkpoint: str,
+    checkpoint: str | None,
     benchmark: Benchmark,
     output: str,
     name: str | None = None,
     pretrained: str | None = None,
     device: str = "cpu",
+    devices: int = 1,
+    max_dropped: float = 0.01,
 ) -> None:
-    """Run a benchmark on a model and write its figures.
+    """Run a benchmark on a model; write its figures, per-class tables and pictures.
+
+    Stopped and started again, it goes on where it was; what is done lies beside the output, in
+    NAME.parts.
 
     Args:
-        checkpoint: A folder written by training or by save_checkpoint, or published weights.
+        checkpoint: A folder written by training or by save_checkpoint, or published weights; null
+            with name and pretrained measures a plain CLIP.
         benchmark: What to run, by class_path.
-        output: JSON file for the figures.
+        output: JSON file for the figures; the others get its name with other endings.
         name: Architecture, where the checkpoint does not say it.
         pretrained: The CLIP that published weights belong to: a tag or a file.
-        device: Where to run it.
+        device: Where to run it, such as cpu or cuda.
+        devices: How many of them; each has a process of its own.
+        max_dropped: Share of pictures that may be missing or damaged.
     """
+    from functools import partial
+
     import torch
 
-    model, _, _ = create_model(name, pretrained, checkpoint, device=device)
-    with torch.inference_mode():
-        scores = benchmark.run(model)
+    from alpha_clip.evaluation.results import write_results
+    from alpha_clip.evaluation.runner import run_benchmark
+
+    if devices < 1:
+        raise ValueError(f"expected at least one device, got {devices}")
     file = Path(output)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    record = {"checkpoint": checkpoint, "benchmark": type(benchmark).__name__, "scores": scores}
-    file.write_text(json.dumps(record, indent=1) + "\n")
+    if file.suffix != ".json":
+        raise ValueError(f"output is the JSON file for the figures, got {output}")
+    several = devices > 1 and device != "cpu"
+    places = [f"{device}:{i}" if several else device for i in range(devices)]
+    make_model = partial(_model, name, pretrained, checkpoint)
+    with torch.inference_mode():
+        columns, dropped = run_benchmark(
+            benchmark, make_model, file.with_suffix(".parts"), places, max_dropped
+        )
+    about = {"checkpoint": checkpoint, "name": name, "pretrained": pretrained}
+    scores = write_results(benchmark, columns, dropped, file, **about)
     width = max(map(len, scores))
-    for name, value in scores.items():
+    for figure, value in scores.items():
         text = f"{value:.4f}" if value <= 1 else f"{value:g}"
-        sys.stdout.write(f"{name:<{width}}  {text}\n")
+        sys.stdout.write(f"{figure:<{width}}  {text}\n")
+
+
+def _model(
+    name: str | None, pretrained: str | None, checkpoint: str | None, device: str
+) -> AlphaClip:
+    model, _, _ = create_model(name, pretrained, checkpoint, device=device)
+    return model
 
 
 def export(

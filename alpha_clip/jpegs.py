@@ -86,6 +86,35 @@ def decode_jpeg(jpeg: bytes) -> Image.Image:
         return image
 
 
+def read_picture(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
+    """Decode a picture whose annotations were drawn on it by others.
+
+    Some drew on pictures as stored, some as shown: whichever has the annotations' size.
+
+    Args:
+        data: Bytes of a JPEG, PNG or WebP file.
+        size: Width and height that the annotations are for; `None` takes the picture as stored.
+
+    Returns:
+        The picture, RGB.
+
+    Raises:
+        SampleError: `corrupt_image`, `huge_image`, or `size_mismatch` if no way of turning it has
+            that size.
+    """
+    with _reasons():
+        image = _open(data, MAX_IMAGE_PX)
+        if size is not None and image.size != size:
+            image = ImageOps.exif_transpose(image)
+        if size is not None and image.size != size:
+            raise SampleError(
+                "size_mismatch",
+                f"the picture is {image.width} x {image.height} px, its annotations are for "
+                f"{size[0]} x {size[1]}",
+            )
+        return image.convert("RGB")
+
+
 def stored_jpeg(data: bytes, max_px: int = MAX_IMAGE_PX) -> tuple[bytes, bool]:
     """Return what `read_image` would store and whether it was encoded again.
 

@@ -100,6 +100,7 @@ class RunProgress(ProgressBar):
             initial=done,
             disable=not self._enabled,
             dynamic_ncols=True,
+            smoothing=0.05,  # a validation in between should not make the end seem far
             **options,
         )
 

@@ -6,11 +6,11 @@ One metric for validation during training and for benchmarks, so that both give 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
@@ -108,20 +108,46 @@ class RegionMatching(Metric):
             candidates, phrase = _distinct(phrase_ids)
             everywhere = torch.zeros_like(phrase), torch.full_like(phrase, len(candidates))
             right = _own_is_closest(images, texts[candidates], phrase, *everywhere, _ALL)
-            within = _within_images(images, texts, phrase, image_ids)
-        return dict(zip(_FIGURES, (right.float().mean(), *within), strict=True))
+            within = match_within_images(images, texts, phrase, image_ids)
+        several = within.phrases > 1
+        figures = (
+            right.float().mean(),
+            within.right[several].float().mean(),
+            (1 / within.phrases[several].float()).mean(),
+            within.cosines.sum() / within.others.sum(),
+        )
+        return dict(zip(_FIGURES, figures, strict=True))
 
 
 _FIGURES = ("region_top1", "within_image_top1", "within_image_chance", "within_image_cosine")
 
 
-def _within_images(
-    images: Tensor, texts: Tensor, phrase: Tensor, image_ids: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return accuracy, chance and cosine within pictures, of rows sorted by picture.
+class WithinImage(NamedTuple):
+    """How regions do among those of their own picture, row by row.
+
+    Attributes:
+        right: Whether a region's own phrase is the closest of its picture's phrases.
+        phrases: How many distinct phrases its picture has.
+        cosines: Sum of its cosines with the picture's regions that have another phrase.
+        others: How many those are.
+    """
+
+    right: Bool[Tensor, " rows"]
+    phrases: Int[Tensor, " rows"]
+    cosines: Float[Tensor, " rows"]
+    others: Int[Tensor, " rows"]
+
+
+def match_within_images(
+    images: Float[Tensor, "rows dim"],
+    texts: Float[Tensor, "rows dim"],
+    phrase: Int[Tensor, " rows"],
+    image_ids: Int[Tensor, " rows"],
+) -> WithinImage:
+    """Compare the regions of each picture with one another.
 
     Args:
-        images: Features of regions.
+        images: Features of regions, of length 1.
         texts: Features of their phrases.
         phrase: The phrases, numbered from 0.
         image_ids: The pictures, ascending.
@@ -134,19 +160,15 @@ def _within_images(
     in_picture = torch.bincount(picture[chosen], minlength=len(regions))
     start, stop = _ranges(in_picture, picture)
     right = _own_is_closest(images, texts[chosen], own, start, stop, _ONE_PICTURE)
-    several = in_picture[picture] > 1
-    chance = 1 / in_picture[picture][several].float()
 
     start, stop = _ranges(regions, picture)
-    total, pairs = [], []
+    cosines, others = [], []
     for rows, columns in _blocks(start, stop, _ONE_PICTURE):
         other = _inside(start[rows], stop[rows], columns)
         other &= phrase[rows, None] != phrase[columns]
-        cosines = images[rows] @ images[columns].T
-        total.append(cosines.masked_fill(~other, 0).sum())
-        pairs.append(other.sum())
-    cosine = torch.stack(total).sum() / torch.stack(pairs).sum()
-    return right[several].float().mean(), chance.mean(), cosine
+        cosines.append((images[rows] @ images[columns].T).masked_fill(~other, 0).sum(1))
+        others.append(other.sum(1))
+    return WithinImage(right, in_picture[picture], torch.cat(cosines), torch.cat(others))
 
 
 def _own_is_closest(

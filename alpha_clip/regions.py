@@ -25,6 +25,7 @@ from alpha_clip.jpegs import (
     decode_jpeg,
     jpeg_size,
     read_image,
+    read_picture,
     upright_size,
 )
 from alpha_clip.rle import decode_rle, encode_rle, rle_area
@@ -56,6 +57,7 @@ __all__ = [
     "parse_entry",
     "parse_sample",
     "read_image",
+    "read_picture",
     "region_to_alpha",
     "rle_area",
     "tensor_to_alpha",

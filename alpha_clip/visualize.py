@@ -179,7 +179,7 @@ def plot_curves(
         y_label: What the values are.
         file: Where to write.
     """
-    figure, axes = _figure(6.4, 3.2)
+    figure, (axes,) = _figure(6.4, 3.2)
     for label, (steps, values) in curves.items():
         axes.plot(steps, values, label=label, linewidth=1.4)
     axes.set(xlabel="step", ylabel=y_label)
@@ -199,7 +199,7 @@ def plot_bars(
         limit: Top of the axis.
     """
     names = list(dict.fromkeys(name for values in series.values() for name in values))
-    figure, axes = _figure(max(6.4, 1.15 * len(names)), 3.6)
+    figure, (axes,) = _figure(max(6.4, 1.15 * len(names)), 3.6)
     width = 0.8 / len(series)
     for i, (label, values) in enumerate(series.items()):
         places = [names.index(name) + (i - (len(series) - 1) / 2) * width for name in values]
@@ -211,11 +211,43 @@ def plot_bars(
     figure.savefig(file, dpi=130)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def plot_intervals(panels: dict[str, dict[str, tuple[float, float, float]]], file: Path) -> None:
+    """Draw values with their intervals into a PNG, a panel for each kind.
+
+    Args:
+        panels: Title -> (name -> value, lower and upper bound).
+        file: Where to write.
+    """
+    longest = max(map(len, panels.values()))
+    figure, several = _figure(4.2 * len(panels), 0.32 * longest + 0.9, len(panels), "x")
+    for axes, (title, values) in zip(several, panels.items(), strict=True):
+        means, low, high = (np.array(column) for column in zip(*values.values(), strict=True))
+        around = np.stack([means - low, high - means]).clip(min=0)
+        axes.barh(list(values), means, xerr=around, height=0.7, error_kw={"lw": 0.8})
+        axes.invert_yaxis()
+        axes.set_title(title, fontsize=9)
+        axes.set_xlim(min(0.0, low.min()), 1.08 * max(high.max(), 1e-6))
+    figure.savefig(file, dpi=120)
+
+
+def plot_counts(counts: dict[str, float], title: str, file: Path) -> None:
+    """Draw a list of counts into a PNG, one bar below the other."""
+    figure, (axes,) = _figure(6.4, 0.26 * len(counts) + 0.9, grid="x")
+    axes.barh(list(counts), list(counts.values()), height=0.7)
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize=9)
+    figure.savefig(file, dpi=120)
+
+
+def _figure(width: float, height: float, panels: int = 1, grid: str = "y") -> tuple[Any, Any]:
+    """Return a figure and a list of its axes, side by side."""
     from matplotlib.figure import Figure  # not pyplot: no backend, no global state
 
     figure: Any = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3, linewidth=0.6)
-    return figure, axes
+    several = figure.subplots(1, panels, squeeze=False)[0]
+    for axes in several:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis=grid, alpha=0.3, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=8)
+    return figure, several

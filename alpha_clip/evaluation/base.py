@@ -1,20 +1,95 @@
-"""What a benchmark is: data in the constructor, a model in, figures out."""
+"""What a benchmark is: data in the constructor, a model in, columns of outcomes out.
+
+The work falls into parts, which are scored one by one: a run that was stopped goes on with those
+that are missing, and several devices share them.
+"""
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
+from alpha_clip.drops import Drops
+from alpha_clip.evaluation.outcomes import Outcome
 from alpha_clip.model import AlphaClip
 
-Scores = dict[str, float]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Scores: TypeAlias = dict[str, float]
+Columns: TypeAlias = dict[str, NDArray[Any]]
+"""Name -> array with a row for each region, query or pair; numbers or text, never objects."""
+Seen: TypeAlias = Callable[[int], object]
+"""Told how many more pictures are done."""
+
+PICTURE = "picture"  # column with the picture of each row, numbered within its part
 
 
 class Benchmark(ABC):
-    """A benchmark; one file and one class each."""
+    """A benchmark; one file and one class each.
+
+    Attributes:
+        settings: What the constructor was given, by name.
+    """
+
+    settings: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Note what the constructor is given: a record of the run, and what tells runs apart."""
+        made = super().__new__(cls)
+        given = inspect.signature(cls.__init__).bind_partial(made, *args, **kwargs)
+        given.apply_defaults()
+        made.settings = {k: v for k, v in given.arguments.items() if k != "self"}
+        return made
 
     @abstractmethod
+    def parts(self) -> dict[str, int]:
+        """Return the parts of the work, in order, with the number of pictures in each."""
+
+    def prepare(self, model: AlphaClip) -> None:  # noqa: B027 - not every benchmark needs it
+        """Compute what all parts need, such as features of texts; once in each process."""
+
+    @abstractmethod
+    def score(self, model: AlphaClip, part: str, drops: Drops, seen: Seen) -> Columns:
+        """Score one part.
+
+        Args:
+            model: In eval mode, on its device; `prepare` has had it.
+            part: One of `parts`.
+            drops: Where to count pictures and regions that can't be used.
+            seen: Told of progress.
+
+        Returns:
+            Columns; `picture` numbers the pictures of the part from 0. None, if there are no rows.
+        """
+
+    @abstractmethod
+    def outcomes(self, columns: Columns) -> dict[str, Outcome]:
+        """Return the figures, of the columns of all parts.
+
+        Raises:
+            ValueError: If there is nothing to measure.
+        """
+
+    def counts(self, columns: Columns) -> Scores:
+        """Return what was measured on, such as the number of regions."""
+        return {}
+
+    def classes(self) -> list[str]:
+        """Return the names of the groups of outcomes that are means over classes."""
+        return []
+
+    def confusions(self, columns: Columns) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        """Return the right class and the answer of each row, for a picture of what is mixed up."""
+        return None
+
     def run(self, model: AlphaClip) -> Scores:
-        """Evaluate a model.
+        """Evaluate a model in this process and keep nothing on disk.
 
         Args:
             model: In eval mode, on its device.
@@ -22,3 +97,30 @@ class Benchmark(ABC):
         Returns:
             Name -> figure; shares lie in 0..1.
         """
+        self.prepare(model)
+        drops = Drops()
+        columns = join(self.score(model, part, drops, lambda _: None) for part in self.parts())
+        return scores_of(self, columns)
+
+
+def join(parts: Iterable[Columns]) -> Columns:
+    """Put the columns of parts one below the other; pictures are numbered on."""
+    found: dict[str, list[NDArray[Any]]] = {}
+    pictures = 0
+    for columns in parts:
+        if not columns:
+            continue  # nothing in it could be used
+        own = columns[PICTURE].astype(np.int64) + pictures
+        pictures = int(own.max()) + 1
+        for name, column in {**columns, PICTURE: own}.items():
+            found.setdefault(name, []).append(column)
+    return {name: np.concatenate(columns) for name, columns in found.items()}
+
+
+def scores_of(benchmark: Benchmark, columns: Columns) -> Scores:
+    """Return counts and figures; figures without any values are left out."""
+    means = {name: outcome.mean() for name, outcome in benchmark.outcomes(columns).items()}
+    return {
+        **benchmark.counts(columns),
+        **{name: mean for name, mean in means.items() if not np.isnan(mean)},
+    }

@@ -5,11 +5,17 @@ What region training must not cost. Alpha marks the whole image; a plain CLIP do
 
 from __future__ import annotations
 
+from itertools import islice
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from alpha_clip.evaluation.base import Benchmark, Scores
-from alpha_clip.evaluation.inputs import encode_texts, pictures_of
+from alpha_clip.drops import Drops
+from alpha_clip.evaluation.base import PICTURE, Benchmark, Columns, Scores, Seen
+from alpha_clip.evaluation.inputs import encode_texts
+from alpha_clip.evaluation.labelled import ShardRegions
+from alpha_clip.evaluation.outcomes import Outcome
 from alpha_clip.geometry import SharedGeometry
 from alpha_clip.model import AlphaClip
 from alpha_clip.reader import find_shards
@@ -38,49 +44,74 @@ class ImageRetrieval(Benchmark):
         batch_size: int = 64,
         max_images: int | None = None,
     ) -> None:
-        self.shards = find_shards(data)
+        self.source = ShardRegions(find_shards(data), [], max_images)
         self.geometry: SharedGeometry = geometry
         self.batch_size = batch_size
-        self.max_images = max_images
 
-    def run(self, model: AlphaClip) -> Scores:
-        """Return the recalls and how many images and captions there were; see `Benchmark.run`.
+    def parts(self) -> dict[str, int]:
+        """Return the shards."""
+        return self.source.parts()
+
+    def score(self, model: AlphaClip, part: str, drops: Drops, seen: Seen) -> Columns:
+        """Return captions and the features of both sides; see `Benchmark`."""
+        transform = model.transform.replace(geometry=self.geometry)
+        device = model.logit_scale.device
+        pictures = self.source.decoded(part, drops)
+        features, captions = [], []
+        while batch := list(islice(pictures, self.batch_size)):
+            told = [(sample.caption, image) for sample, image in batch if sample.caption.strip()]
+            if told:
+                rgba = torch.stack([transform(image) for _, image in told]).to(device)
+                features.append(model.encode_image(rgba, normalize=True).float().cpu())
+                captions += [caption for caption, _ in told]
+            seen(len(batch))
+        if not captions:
+            return {}
+        number = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+        texts = encode_texts(model, list(number)).float().cpu()
+        return {
+            PICTURE: np.arange(len(captions)),
+            "caption": np.array(captions),
+            "image": torch.cat(features).numpy(),
+            "text": texts[[number[caption] for caption in captions]].numpy(),
+        }
+
+    def outcomes(self, columns: Columns) -> dict[str, Outcome]:
+        """Return the recalls; see `Benchmark`.
 
         Raises:
             ValueError: If fewer than two captions are left: nothing could be confused.
         """
-        transform = model.transform.replace(geometry=self.geometry)
-        device = model.logit_scale.device
-        number: dict[str, int] = {}  # of each caption
-        features, captions = [], []
-        for pictures in pictures_of(self.shards, self.batch_size, self.max_images):
-            told = [(sample.caption, image) for sample, image in pictures if sample.caption.strip()]
-            if not told:
-                continue
-            captions += [number.setdefault(caption, len(number)) for caption, _ in told]
-            rgba = torch.stack([transform(image) for _, image in told]).to(device)
-            features.append(model.encode_image(rgba, normalize=True).float())
-        if len(number) < 2:
+        captions = columns.get("caption", np.array([], str))
+        _, first, number = np.unique(captions, return_index=True, return_inverse=True)
+        if len(first) < 2:
             raise ValueError(
                 f"retrieval needs images with different captions, got {len(captions)} images with "
-                f"{len(number)}; masks from class names alone have none"
+                f"{len(first)}; masks from class names alone have none"
             )
-        images, texts = torch.cat(features), encode_texts(model, list(number)).float()
-        of_image = torch.tensor(captions, device=device)
-        of_text = torch.arange(len(number), device=device)
-        scores = {"images": float(len(images)), "captions": float(len(texts))}
-        scores.update(_recalls("image to text", (images, of_image), (texts, of_text)))
-        scores.update(_recalls("text to image", (texts, of_text), (images, of_image)))
-        return scores
+        images = torch.from_numpy(columns["image"]), torch.from_numpy(number)
+        texts = torch.from_numpy(columns["text"][first]), torch.arange(len(first))
+        pictures = columns[PICTURE]
+        found = {}
+        for name, queries, candidates, owner in (
+            ("image to text", images, texts, pictures),
+            ("text to image", texts, images, pictures[first]),
+        ):
+            ahead = _ahead(queries, candidates).numpy()
+            for k in _AT:
+                found[f"{name} R@{k}"] = Outcome((ahead < k).astype(float), owner)
+        return found
+
+    def counts(self, columns: Columns) -> Scores:
+        """Return the number of images and of distinct captions."""
+        captions = columns["caption"]
+        return {"images": float(len(captions)), "captions": float(len(np.unique(captions)))}
 
 
-def _recalls(
-    name: str, queries: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor]
-) -> Scores:
-    """Return for how many queries one of the closest k candidates has the query's caption.
+def _ahead(queries: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor]) -> Tensor:
+    """Return how many candidates with another caption are as close as the closest right one.
 
     Args:
-        name: What is retrieved from what.
         queries: Features of length 1, and the number of each one's caption.
         candidates: The same of what is searched.
     """
@@ -92,5 +123,4 @@ def _recalls(
         best = similarities.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         # Not `>`: what can't be told apart (also NaN) is not found.
         ahead.append((~(similarities < best) & ~right).sum(1))
-    count = torch.cat(ahead)
-    return {f"{name} R@{k}": float((count < k).float().mean()) for k in _AT}
+    return torch.cat(ahead)

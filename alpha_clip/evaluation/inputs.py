@@ -1,24 +1,20 @@
-"""What benchmarks on region–text shards are fed with: pictures in batches, features of texts."""
+"""What benchmarks are fed with: samples of shards, features of texts and of classes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from alpha_clip.drops import Drops
 from alpha_clip.model import AlphaClip
 from alpha_clip.reader import Shard, read_samples
-from alpha_clip.regions import RegionSample, SampleError, decode_jpeg
+from alpha_clip.regions import RegionSample
 
-Picture: TypeAlias = tuple[RegionSample, Image.Image]
-"""A sample and its picture, RGB."""
+_AT_A_TIME = 256
 
 
 def samples_of(
@@ -35,31 +31,30 @@ def samples_of(
     return islice((s for shard in shards for s in read_samples(shard, drops)), max_images)
 
 
-def pictures_of(
-    shards: list[Shard], size: int, max_images: int | None = None
-) -> Iterator[list[Picture]]:
-    """Yield samples with their pictures, `size` at a time, with a progress bar.
-
-    Args:
-        shards: The shards.
-        size: Most samples at a time.
-        max_images: Most samples to read; `None` reads all.
-    """
-    drops = Drops()
-
-    def sound() -> Iterator[Picture]:
-        for sample in samples_of(shards, max_images, drops):
-            try:
-                yield sample, decode_jpeg(sample.jpeg).convert("RGB")
-            except SampleError as error:
-                drops.add(error.reason, f"{sample.key}: {error.detail}")
-
-    pictures = sound()
-    yield from tqdm(iter(lambda: list(islice(pictures, size)), []), desc="evaluate", unit="batch")
-
-
 def encode_texts(model: AlphaClip, texts: list[str]) -> Float[Tensor, "texts dim"]:
     """Return features of length 1, on the model's device."""
     device = model.logit_scale.device
-    tokens = model.tokenizer(texts).split(256)
+    tokens = model.tokenizer(texts).split(_AT_A_TIME)
     return torch.cat([model.encode_text(part.to(device), normalize=True) for part in tokens])
+
+
+def encode_classes(
+    model: AlphaClip, names: list[str], templates: list[str]
+) -> Float[Tensor, "names dim"]:
+    """Return the features of classes, of length 1: the mean over prompts (CLIP's ensemble).
+
+    Args:
+        model: Encodes them.
+        names: What the classes are called.
+        templates: Prompts; `{}` stands for the name.
+
+    Raises:
+        ValueError: If there is no template, or one without `{}`.
+    """
+    if not templates or not all("{}" in template for template in templates):
+        raise ValueError(f"expected templates with {{}} for the name, got {templates}")
+    prompts = [template.replace("{}", name) for name in names for template in templates]
+    each = encode_texts(model, prompts).float().view(len(names), len(templates), -1)
+    if len(templates) == 1:
+        return each[:, 0]
+    return torch.nn.functional.normalize(each.mean(1), dim=-1)

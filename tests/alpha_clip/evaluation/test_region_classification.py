@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from alpha_clip.drops import Drops
-from alpha_clip.evaluation.inputs import Picture
-from alpha_clip.evaluation.region_classification import (
+from alpha_clip.evaluation.labelled import LabelledPicture, ShardRegions
+from alpha_clip.evaluation.region_classification import RegionClassification
+from alpha_clip.evaluation.region_views import (
     ALPHA_ONLY,
     INVERTED,
     SHUFFLED,
     WRONG_OBJECT,
-    RegionClassification,
     RegionViews,
 )
 from alpha_clip.model import AlphaClip
@@ -85,12 +85,19 @@ def test_scores_equal_a_count_by_hand(
     for way in ("no alpha", "alpha", "box alpha", "crop", WRONG_OBJECT, INVERTED, ALPHA_ONLY):
         found = by_hand(model, two_shards, names, template, way)
         assert scores[way] == pytest.approx(sum(ok for _, ok in found) / len(found)), way
-    assert set(scores) == {
-        "regions", "no alpha", "alpha", SHUFFLED, WRONG_OBJECT, INVERTED, ALPHA_ONLY, "box alpha",
-        "crop", "masked crop", "red circle", "blur", "attention mask", "within image/chance",
-        "within image/no alpha", "within image/alpha", "within image cosine/no alpha",
-        "within image cosine/alpha",
+    ways = {
+        "no alpha", "alpha", SHUFFLED, WRONG_OBJECT, INVERTED, ALPHA_ONLY, "box alpha", "crop",
+        "masked crop", "red circle", "blur", "attention mask",
     }  # fmt: skip
+    kinds = ("", "top-5/", "mean per class/", "mean per class top-5/")
+    assert set(scores) == {kind + way for kind in kinds for way in ways} | {
+        "regions", "classes", "within image/chance", "within image/no alpha", "within image/alpha",
+        "within image cosine/no alpha", "within image cosine/alpha",
+    }  # fmt: skip
+    found = by_hand(model, two_shards, names, template, "alpha")
+    each = [[ok for name, ok in found if name == n] for n in names]
+    assert scores["mean per class/alpha"] == pytest.approx(sum(sum(e) / len(e) for e in each) / 3)
+    assert scores["top-5/alpha"] == scores["mean per class top-5/alpha"] == 1  # of three names
 
 
 @torch.no_grad()
@@ -203,24 +210,30 @@ def test_a_way_that_the_tower_does_not_allow_is_refused_if_asked_for(
 
 
 @pytest.fixture
-def make_pictures(make_sample: Callable[..., RegionSample]) -> Callable[..., list[Picture]]:
+def make_pictures(
+    make_sample: Callable[..., RegionSample], write_shards: Callable[..., Any], tmp_path: Path
+) -> Callable[..., list[LabelledPicture]]:
     """Return pictures of coloured rectangles, one for each list of colours."""
 
-    def make(*colours: tuple[str, ...]) -> list[Picture]:
-        samples = [make_sample(str(i), c) for i, c in enumerate(colours)]
-        return [(s, decode_jpeg(s.jpeg)) for s in samples]
+    def make(*colours: tuple[str, ...]) -> list[LabelledPicture]:
+        write_shards(tmp_path / "few", [make_sample(str(i), c) for i, c in enumerate(colours)])
+        source = ShardRegions(find_shards([str(tmp_path / "few")]), NAMES, None)
+        (part,) = source.parts()
+        return list(source.pictures(part, Drops()))
 
     return make
 
 
 def test_controls_swap_alphas_between_and_within_images(
-    make_pictures: Callable[..., list[Picture]],
+    make_pictures: Callable[..., list[LabelledPicture]],
 ) -> None:
     """Picture 0 has regions 0..2, picture 1 has region 3; all have masks of their own."""
     pictures = make_pictures(("red", "green", "blue"), ("red",))
-    views = RegionViews(pictures, set(NAMES), RegionTransform(32, geometry="squash"))
-    assert views.texts == ["red thing", "green thing", "blue thing", "red thing"]
-    rgba = dict(views.all(["crop", "alpha"]))
+    views = RegionViews(pictures, RegionTransform(32, geometry="squash"))
+    assert [NAMES[i] for i in views.labels] == [
+        *("red thing", "green thing", "blue thing", "red thing")
+    ]
+    rgba = {name: seen[view] for name, seen, view in views.all(["crop", "alpha"])}
     assert list(rgba) == ["crop", "alpha", SHUFFLED, WRONG_OBJECT, INVERTED, ALPHA_ONLY]
     own = rgba["alpha"]
     for control, sources in ((SHUFFLED, [{3}, {3}, {3}, {0, 1, 2}]), (WRONG_OBJECT, None)):
@@ -233,11 +246,11 @@ def test_controls_swap_alphas_between_and_within_images(
 
 @pytest.mark.parametrize("normalisation", [Normalisation(), Normalisation(alpha_mean=0.3)])
 def test_controls_turn_alpha_round_and_leave_it_alone(
-    make_pictures: Callable[..., list[Picture]], normalisation: Normalisation
+    make_pictures: Callable[..., list[LabelledPicture]], normalisation: Normalisation
 ) -> None:
     transform = RegionTransform(32, normalisation, geometry="squash")
-    views = RegionViews(make_pictures(("red", "blue")), set(NAMES), transform)
-    rgba = dict(views.all(["alpha"]))
+    views = RegionViews(make_pictures(("red", "blue")), transform)
+    rgba = {name: seen[view] for name, seen, view in views.all(["alpha"])}
     own, inverted, alone = (
         torch.stack([normalisation.inverse(view) for view in rgba[name]])
         for name in ("alpha", INVERTED, ALPHA_ONLY)
@@ -247,6 +260,20 @@ def test_controls_turn_alpha_round_and_leave_it_alone(
     assert torch.equal(rgba[ALPHA_ONLY][:, 3], rgba["alpha"][:, 3])
     mean = torch.tensor(normalisation.mean).view(3, 1, 1).expand(2, 3, 32, 32)
     torch.testing.assert_close(alone[:, :3], mean, rtol=0, atol=1e-6)
+
+
+def test_a_picture_that_looks_the_same_for_all_its_regions_is_passed_once(
+    make_pictures: Callable[..., list[LabelledPicture]],
+) -> None:
+    pictures = make_pictures(("red", "green", "blue"), ("red",))
+    views = RegionViews(pictures, RegionTransform(32, geometry="squash"))
+    ((_, rgba, view),) = views.all(["no alpha"])
+    assert (len(rgba), view.tolist()) == (2, [0, 0, 0, 1])
+    cut = RegionViews(pictures, RegionTransform(32, geometry="crop_box"))
+    ((_, rgba, view),) = cut.all(["no alpha"])
+    assert (len(rgba), view.tolist()) == (4, [0, 1, 2, 3])
+    assert len({float(v[:3].mean()) for v in rgba}) == 4  # a window for each
+    assert (rgba[:, 3] == Normalisation().whole_image).all()
 
 
 def test_max_images_reads_no_more(model: AlphaClip, two_shards: Path) -> None:

@@ -1,0 +1,119 @@
+"""Running a benchmark: part by part, on one device or several, going on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import multiprocessing as mp
+from tqdm import tqdm
+
+from alpha_clip.evaluation.base import Benchmark, Columns, join
+from alpha_clip.evaluation.journal import Journal, ListedDrops, fingerprint
+from alpha_clip.model import AlphaClip
+
+MakeModel: TypeAlias = Callable[[str], AlphaClip]
+"""Takes a device; returns the model on it. For several devices it has to be picklable."""
+
+
+def run_benchmark(
+    benchmark: Benchmark,
+    make_model: MakeModel,
+    folder: Path,
+    devices: list[str],
+    max_dropped: float = 0.01,
+) -> tuple[Columns, list[tuple[str, str]]]:
+    """Score the parts that are not done yet, and return all of them.
+
+    Args:
+        benchmark: What to measure.
+        make_model: Makes the model.
+        folder: Where to keep what is done; other settings or other weights have a folder of their
+            own in it.
+        devices: Where to run; each has a process of its own and every so many-th part.
+        max_dropped: Share of pictures that may be unusable.
+
+    Returns:
+        The columns of all parts, and what was dropped: reason and detail.
+
+    Raises:
+        ValueError: If more was dropped, as soon as that is certain.
+        RuntimeError: If one of the processes fails.
+    """
+    model = make_model(devices[0])
+    journal = Journal(folder / fingerprint(benchmark, model))
+    todo = [part for part in benchmark.parts() if not journal.has(part)]
+    context = mp.get_context("spawn")
+    others = [
+        context.Process(
+            target=_process,
+            args=(benchmark, make_model, device, journal.folder, todo[i :: len(devices)]),
+            kwargs={"max_dropped": max_dropped},
+        )
+        for i, device in enumerate(devices)
+        if i
+    ]
+    for process in others:
+        process.start()
+    try:
+        _work(benchmark, model, journal, todo[:: len(devices)], max_dropped, show=True)
+        for process in others:
+            process.join()
+    finally:
+        for process in others:
+            process.terminate()
+    if any(process.exitcode for process in others):
+        raise RuntimeError(
+            "a process on another device failed, see above; what is done stays: run again"
+        )
+    done = [journal.read(part) for part in benchmark.parts()]
+    dropped = [drop for _, drops in done for drop in drops]
+    _check(dropped, benchmark.parts().values(), max_dropped)
+    return join(columns for columns, _ in done), dropped
+
+
+def _process(
+    benchmark: Benchmark,
+    make_model: MakeModel,
+    device: str,
+    folder: Path,
+    parts: list[str],
+    max_dropped: float,
+) -> None:
+    with torch.inference_mode():
+        _work(benchmark, make_model(device), Journal(folder), parts, max_dropped, show=False)
+
+
+def _work(
+    benchmark: Benchmark,
+    model: AlphaClip,
+    journal: Journal,
+    parts: list[str],
+    max_dropped: float,
+    show: bool,
+) -> None:
+    """Score some parts."""
+    sizes = benchmark.parts()
+    if parts:
+        benchmark.prepare(model)
+    dropped: list[tuple[str, str]] = []
+    total = sum(sizes[part] for part in parts)
+    with tqdm(total=total, desc="evaluate", unit="picture", disable=not show) as bar:
+        for part in parts:
+            drops = ListedDrops()
+            columns = benchmark.score(model, part, drops, bar.update)
+            dropped += drops.list
+            _check(dropped, sizes.values(), max_dropped)
+            journal.write(part, columns, drops.list)
+
+
+def _check(dropped: list[tuple[str, str]], sizes: Iterable[int], limit: float) -> None:
+    total = sum(sizes)
+    if len(dropped) > limit * total:
+        few = "; ".join(f"{reason}: {detail}" for reason, detail in dropped[:5])
+        raise ValueError(
+            f"{len(dropped)} of {total} pictures can't be used, more than max_dropped = {limit:g} "
+            f"allows: {few}{' …' if len(dropped) > 5 else ''}"
+        )
