@@ -145,11 +145,7 @@ def evaluate(
             benchmark, make_model, file.with_suffix(".parts"), places, max_dropped
         )
     about = {"checkpoint": checkpoint, "name": name, "pretrained": pretrained}
-    scores = write_results(benchmark, columns, dropped, file, **about)
-    width = max(map(len, scores))
-    for figure, value in scores.items():
-        text = f"{value:.4f}" if value <= 1 else f"{value:g}"
-        sys.stdout.write(f"{figure:<{width}}  {text}\n")
+    sys.stdout.write(write_results(benchmark, columns, dropped, file, **about))
 
 
 def _model(

@@ -73,6 +73,9 @@ def attention_overlay(
     return Image.fromarray((0.6 * shown + 0.4 * grey).round().astype(np.uint8))
 
 
+_PANELS_A_ROW = 3
+
+
 @dataclass(frozen=True)
 class Tile:
     """One picture of a contact sheet and the words under it."""
@@ -219,8 +222,12 @@ def plot_intervals(panels: dict[str, dict[str, tuple[float, float, float]]], fil
         file: Where to write.
     """
     longest = max(map(len, panels.values()))
-    figure, several = _figure(4.2 * len(panels), 0.32 * longest + 0.9, len(panels), "x")
-    for axes, (title, values) in zip(several, panels.items(), strict=True):
+    columns = min(len(panels), _PANELS_A_ROW)
+    rows = -(-len(panels) // columns)
+    figure, several = _figure(4.2 * columns, rows * (0.3 * longest + 0.7), (rows, columns), "x")
+    for axes in several[len(panels) :]:
+        axes.remove()
+    for axes, (title, values) in zip(several, panels.items(), strict=False):
         means, low, high = (np.array(column) for column in zip(*values.values(), strict=True))
         around = np.stack([means - low, high - means]).clip(min=0)
         axes.barh(list(values), means, xerr=around, height=0.7, error_kw={"lw": 0.8})
@@ -239,12 +246,14 @@ def plot_counts(counts: dict[str, float], title: str, file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def _figure(width: float, height: float, panels: int = 1, grid: str = "y") -> tuple[Any, Any]:
-    """Return a figure and a list of its axes, side by side."""
+def _figure(
+    width: float, height: float, panels: tuple[int, int] = (1, 1), grid: str = "y"
+) -> tuple[Any, Any]:
+    """Return a figure and its axes, row by row; `panels` are rows and columns."""
     from matplotlib.figure import Figure  # not pyplot: no backend, no global state
 
     figure: Any = Figure(figsize=(width, height), layout="constrained")
-    several = figure.subplots(1, panels, squeeze=False)[0]
+    several = figure.subplots(*panels, squeeze=False).ravel()
     for axes in several:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis=grid, alpha=0.3, linewidth=0.6)

@@ -21,8 +21,8 @@ def write_results(
     dropped: list[tuple[str, str]],
     file: Path,
     **about: Any,
-) -> Scores:
-    """Write all files about a run; returns the scores.
+) -> str:
+    """Write all files about a run; returns the figures as lines to print.
 
     `NAME.json` has everything in short; `NAME.csv` the figures with their 95 % intervals (bootstrap
     over pictures); `NAME.png` draws them; `NAME.classes.csv` and `NAME.confusions.png` tell of
@@ -62,7 +62,19 @@ def write_results(
     if dropped:
         _table(file.with_suffix(".dropped.csv"), ["reason", "detail"], dropped)
     file.write_text(json.dumps(record, indent=1, default=str) + "\n")
-    return scores
+    return _lines(scores, intervals)
+
+
+def _lines(scores: Scores, intervals: dict[str, tuple[float, float]]) -> str:
+    width = max(map(len, scores))
+    lines = []
+    for name, value in scores.items():
+        text = f"{value:g}"  # a count
+        if name in intervals:
+            low, high = intervals[name]
+            text = f"{value:.4f}  ({low:.4f}–{high:.4f})"
+        lines.append(f"{name:<{width}}  {text}\n")
+    return "".join(lines)
 
 
 def _table(file: Path, header: list[str], rows: Sequence[Sequence[object]]) -> None:
@@ -93,7 +105,7 @@ def _panels(
     panels: dict[str, dict[str, tuple[float, float, float]]] = {}
     for name, bounds in intervals.items():
         kind, _, way = name.rpartition("/")
-        panels.setdefault(kind, {})[way] = (scores[name], *bounds)
+        panels.setdefault(kind or "share right", {})[way] = (scores[name], *bounds)
     return panels
 
 
