@@ -49,9 +49,9 @@ def attending_to(
             names the class), there is no such block, or the masks do not fit the images.
         RuntimeError: At the end, if no pass was masked: compiled towers run without hooks.
     """
-    attends, layout = _find(visual)
+    attends, layout = find_attentions(visual)
     chosen = set(range(len(attends))) if blocks is None else {_place(visual, b) for b in blocks}
-    guide = _Guide(layout, _inside(masks, _patch(visual)))
+    guide = _Guide(layout, _inside(masks, patch_size(visual)))
     home, modules = find_blocks(visual)
     with ExitStack() as stack:
         # Checkpointing would run the blocks again during backward, when the hooks are gone.
@@ -79,7 +79,7 @@ def check_tower(visual: nn.Module) -> None:
     Raises:
         ValueError: As `attending_to` does.
     """
-    _find(visual)
+    find_attentions(visual)
 
 
 @dataclass
@@ -120,19 +120,24 @@ class _Guide:
 
     def confine(self, attend: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Show the copy its region alone."""
-        return args, {**kwargs, "attn_mask": _as_taken(attend, self.hidden[0], args[0])}
+        return args, {**kwargs, "attn_mask": mask_as_taken(attend, self.hidden[0], args[0])}
 
     def hide(self, attend: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Show the copy everything, and nobody the copy."""
-        return args, {**kwargs, "attn_mask": _as_taken(attend, self.hidden[1], args[0])}
+        return args, {**kwargs, "attn_mask": mask_as_taken(attend, self.hidden[1], args[0])}
 
     def replace(self, _: nn.Module, args: Any, x: Tensor) -> Tensor:
         """Put the copy in the place of the class token."""
         return torch.cat([x[:, :1], x[:, 2:]], 1)
 
 
-def _find(visual: nn.Module) -> tuple[list[nn.Module], TokenLayout]:
-    """Return the attention of each block, and the layout of the tokens."""
+def find_attentions(visual: nn.Module) -> tuple[list[nn.Module], TokenLayout]:
+    """Return the attention of each block, and the layout of the tokens.
+
+    Raises:
+        ValueError: If the features do not come from the class token, or the attention takes no
+            mask; the message names the class.
+    """
     from open_clip.transformer import Attention
     from timm.models.eva import EvaAttention
     from timm.models.vision_transformer import Attention as ViTAttention
@@ -160,7 +165,7 @@ def _place(visual: nn.Module, block: int) -> int:
     return block % len(find_blocks(visual)[1])
 
 
-def _patch(visual: Any) -> tuple[int, int]:
+def patch_size(visual: Any) -> tuple[int, int]:
     """Return height and width of a patch, in pixels."""
     if not hasattr(visual, "trunk"):
         height, width = visual.patch_size
@@ -192,7 +197,7 @@ def _inside(
     )
 
 
-def _as_taken(attend: Any, hidden: Tensor, x: Tensor) -> Tensor:
+def mask_as_taken(attend: Any, hidden: Tensor, x: Tensor) -> Tensor:
     """Return a mask in the form that a kind of attention takes."""
     from timm.models.eva import EvaAttention
     from timm.models.vision_transformer import Attention

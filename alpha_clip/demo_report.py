@@ -115,7 +115,7 @@ def _scores(report: Report, folder: Path, pictures: Path) -> dict[str, dict[str,
         "model trained on captions that Alpha-CLIP starts from; it ignores alpha. The prompt is "
         "the name itself."
     )
-    ways = list(FOCUS)
+    ways = [way for way in FOCUS if way in scores["alpha"]]
     ways[2:2] = [
         w for w in scores["alpha"] if w not in FOCUS and "regions" not in w and "/" not in w
     ]

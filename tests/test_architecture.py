@@ -21,6 +21,7 @@ LAYERS = [
         "alpha_clip.surgery",
         "alpha_clip.attention",
         "alpha_clip.attention_masking",
+        "alpha_clip.dense",
         "alpha_clip.text",
         "alpha_clip.geometry",
         "alpha_clip.pictures",

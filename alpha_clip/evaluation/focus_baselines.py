@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
 from alpha_clip.attention_masking import attending_to, check_tower
+from alpha_clip.dense import dense_features, pool_boxes, pool_masks
 from alpha_clip.model import AlphaClip
 from alpha_clip.regions import Box, Region
 from alpha_clip.transforms import OPENAI_MEAN
@@ -31,6 +33,7 @@ Encode: TypeAlias = Callable[[AlphaClip, Tensor], Tensor]
 # ReCLIP, FGVP ("blur reverse mask") and Alpha-CLIP's REC all blur COCO's 640 px pictures with a
 # standard deviation of 100 px (`blur_std_dev` in their executor.py).
 _BLUR = 100 / 640
+_RED = (255, 0, 0)
 
 
 def whole_image(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
@@ -55,18 +58,16 @@ def crop(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]
 
 def masked_crop(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
     """Cut the box out and paint what is outside the mask in CLIP's mean colour."""
-    pixels = np.array(image.convert("RGB"))
-    pixels[~mask] = [round(255 * c) for c in OPENAI_MEAN]
-    return crop(Image.fromarray(pixels), mask, box)
+    return crop(_without_background(image, mask), mask, box)
 
 
 def red_circle(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
     """Draw a red ellipse around the box (Shtedritski et al., arXiv 2304.06712)."""
     drawn = image.convert("RGB")
-    width = max(1, round(0.01 * max(image.size)))
+    width = _line(image)
     x1, y1, x2, y2 = box.pixels(image.height, image.width)
     around = (x1 - width, y1 - width, x2 - 1 + width, y2 - 1 + width)
-    ImageDraw.Draw(drawn).ellipse(around, outline=(255, 0, 0), width=width)
+    ImageDraw.Draw(drawn).ellipse(around, outline=_RED, width=width)
     return drawn, None
 
 
@@ -76,6 +77,49 @@ def blur(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]
     blurred = sharp.filter(ImageFilter.GaussianBlur(_BLUR * max(image.size)))
     blurred.paste(sharp, mask=Image.fromarray(mask))
     return blurred, None
+
+
+def gray(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
+    """Take the colour out of what is outside the mask (FGVP, arXiv 2306.04356)."""
+    colour = image.convert("RGB")
+    drawn = colour.convert("L").convert("RGB")
+    drawn.paste(colour, mask=Image.fromarray(mask))
+    return drawn, None
+
+
+def red_box(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
+    """Draw a red rectangle around the box (ViP-LLaVA, arXiv 2312.00784)."""
+    drawn = image.convert("RGB")
+    width = _line(image)
+    x1, y1, x2, y2 = box.pixels(image.height, image.width)
+    around = (x1 - width, y1 - width, x2 - 1 + width, y2 - 1 + width)
+    ImageDraw.Draw(drawn).rectangle(around, outline=_RED, width=width)
+    return drawn, None
+
+
+def red_contour(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
+    """Draw a red line along the outside of the mask (ViP-LLaVA, arXiv 2312.00784)."""
+    drawn = image.convert("RGB")
+    shape = Image.fromarray(mask).convert("L")
+    wider = np.asarray(shape.filter(ImageFilter.MaxFilter(2 * _line(image) + 1))) > 0
+    drawn.paste(_RED, mask=Image.fromarray(wider & ~mask))
+    return drawn, None
+
+
+def masked_background(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
+    """Mark the mask in alpha, and paint what is outside in CLIP's mean colour."""
+    return _without_background(image, mask), mask
+
+
+def _without_background(image: Image.Image, mask: Mask) -> Image.Image:
+    pixels = np.array(image.convert("RGB"))
+    pixels[~mask] = [round(255 * c) for c in OPENAI_MEAN]
+    return Image.fromarray(pixels)
+
+
+def _line(image: Image.Image) -> int:
+    """Return the width of a line in pixels: a hundredth of the longer side."""
+    return max(1, round(0.01 * max(image.size)))
 
 
 def encode_alpha(
@@ -97,6 +141,39 @@ def encode_masked(
         return model.encode_image(rgba[:, :3], normalize=True)
 
 
+def encode_mask_pooled(
+    model: AlphaClip, rgba: Float[Tensor, "regions 4 height width"]
+) -> Float[Tensor, "regions dim"]:
+    """Pool the dense features of the whole image over what alpha marks.
+
+    Raises:
+        ValueError: If the tower has none; see `dense_features`.
+    """
+    return pool_masks(*_dense(model, rgba))
+
+
+def encode_roi_aligned(
+    model: AlphaClip, rgba: Float[Tensor, "regions 4 height width"]
+) -> Float[Tensor, "regions dim"]:
+    """Pool the dense features of the whole image in the box around what alpha marks.
+
+    Raises:
+        ValueError: If the tower has none; see `dense_features`.
+    """
+    return pool_boxes(*_dense(model, rgba))
+
+
+def _dense(model: AlphaClip, rgba: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the dense features and the mask of each region; an image is passed once."""
+    rgb = rgba[:, :3]
+    new = [i == 0 or not torch.equal(rgb[i], rgb[i - 1]) for i in range(len(rgb))]
+    image = torch.tensor(new, device=rgb.device).cumsum(0) - 1
+    whole = rgba[new].clone()
+    whole[:, 3] = model.normalisation.whole_image
+    dense = dense_features(model.visual, whole)
+    return dense[image], model.normalisation.inverse(rgba)[:, 3:]
+
+
 @dataclass(frozen=True)
 class Focus:
     """A way to point.
@@ -111,16 +188,23 @@ class Focus:
     encode: Encode = encode_alpha
 
 
-ATTENTION_MASK = "attention mask"
+# They need a tower with a class token.
+ATTENTION_MASK, MASK_POOLED, ROI_ALIGNED = "attention mask", "mask pooling", "RoIAlign"
 FOCUS: dict[str, Focus] = {
     "no alpha": Focus(whole_image),
     "alpha": Focus(alpha_mask),
     "box alpha": Focus(alpha_box),
     "crop": Focus(crop),
     "masked crop": Focus(masked_crop),
+    "masked background": Focus(masked_background),
     "red circle": Focus(red_circle),
+    "red box": Focus(red_box),
+    "red contour": Focus(red_contour),
     "blur": Focus(blur),
+    "gray": Focus(gray),
     ATTENTION_MASK: Focus(alpha_mask, encode_masked),
+    MASK_POOLED: Focus(alpha_mask, encode_mask_pooled),
+    ROI_ALIGNED: Focus(alpha_box, encode_roi_aligned),
 }
 
 
@@ -129,6 +213,7 @@ def ways_for(model: AlphaClip) -> list[str]:
     try:
         check_tower(model.visual)
     except ValueError as error:
-        log.warning("%s is left out: %s", ATTENTION_MASK, error)
-        return [name for name in FOCUS if name != ATTENTION_MASK]
+        needy = (ATTENTION_MASK, MASK_POOLED, ROI_ALIGNED)
+        log.warning("%s are left out: %s", ", ".join(needy), error)
+        return [name for name in FOCUS if name not in needy]
     return list(FOCUS)

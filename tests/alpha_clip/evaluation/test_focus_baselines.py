@@ -9,11 +9,13 @@ from open_clip.model import _build_vision_tower
 from PIL import Image
 
 from alpha_clip.attention_masking import attending_to
+from alpha_clip.dense import dense_features, pool_boxes, pool_masks
 from alpha_clip.evaluation.focus_baselines import ATTENTION_MASK, FOCUS, ways_for
 from alpha_clip.model import AlphaClip
 from alpha_clip.regions import Box
 from alpha_clip.transforms import OPENAI_MEAN
 
+CLASS_TOKEN = ["attention mask", "mask pooling", "RoIAlign"]  # not for every tower
 H, W = 60, 80
 BOX = Box(20.2, 10.4, 50.4, 40.3)
 X1, Y1, X2, Y2 = BOX.pixels(H, W)
@@ -32,8 +34,9 @@ def mask() -> np.ndarray:
 
 
 def test_all_ways_are_there() -> None:
-    ways = ["no alpha", "alpha", "box alpha", "crop", "masked crop", "red circle", "blur"]
-    assert list(FOCUS) == [*ways, "attention mask"]
+    ways = ["no alpha", "alpha", "box alpha", "crop", "masked crop", "masked background"]
+    ways += ["red circle", "red box", "red contour", "blur", "gray"]
+    assert list(FOCUS) == [*ways, *CLASS_TOKEN]
 
 
 @pytest.mark.parametrize("name", FOCUS)
@@ -91,7 +94,67 @@ def test_any_image_mode_and_a_box_at_the_edge(name: str, mode: str) -> None:
     shown, region = FOCUS[name].show(image, whole, edge)
     expected = (W, 3) if "crop" in name else (W, H)
     assert shown.size == expected
-    assert (region is not None) == (name in ("alpha", "box alpha", ATTENTION_MASK))
+    marks = ("alpha", "box alpha", "masked background", *CLASS_TOKEN)
+    assert (region is not None) == (name in marks)
+
+
+def test_red_box_and_contour_are_drawn_around(pixels: np.ndarray, mask: np.ndarray) -> None:
+    image = Image.fromarray(pixels)
+    red = {}
+    for name in ("red box", "red contour"):
+        shown, region = FOCUS[name].show(image, mask, BOX)
+        assert region is None
+        seen = np.asarray(shown)
+        red[name] = (seen == (255, 0, 0)).all(-1)
+        np.testing.assert_array_equal(seen[~red[name]], pixels[~red[name]])
+        assert not red[name][mask].any()
+    assert red["red box"].sum() == 2 * (X2 - X1 + 2 + Y2 - Y1)  # a line of one pixel
+    assert red["red box"][Y1 - 1, X1 - 1 : X2 + 1].all()
+    y, x = np.nonzero(red["red contour"])
+    distance = np.hypot(x - 35, y - 25)
+    assert (distance.min(), distance.max()) == (
+        pytest.approx(12, abs=0.3),
+        pytest.approx(13, abs=1),
+    )
+    angles = np.sort(np.arctan2(y - 25, x - 35))
+    assert np.diff(angles).max() < 0.15  # it is closed
+
+
+def test_gray_keeps_the_objects_colour(pixels: np.ndarray, mask: np.ndarray) -> None:
+    shown, region = FOCUS["gray"].show(Image.fromarray(pixels), mask, BOX)
+    assert region is None
+    seen = np.asarray(shown).astype(int)
+    np.testing.assert_array_equal(seen[mask], pixels[mask])
+    luma = pixels[~mask] @ np.array([0.299, 0.587, 0.114])
+    np.testing.assert_allclose(seen[~mask], luma[:, None].repeat(3, 1), atol=1)
+
+
+def test_masked_background_marks_the_object_as_well(pixels: np.ndarray, mask: np.ndarray) -> None:
+    shown, region = FOCUS["masked background"].show(Image.fromarray(pixels), mask, BOX)
+    assert region is mask
+    seen = np.asarray(shown)
+    np.testing.assert_array_equal(seen[mask], pixels[mask])
+    assert (seen[~mask] == [round(255 * c) for c in OPENAI_MEAN]).all()
+
+
+def test_dense_features_are_pooled_over_mask_and_box(
+    model: AlphaClip, pixels: np.ndarray, mask: np.ndarray
+) -> None:
+    transform = model.transform.replace(geometry="squash")
+    pictures = [Image.fromarray(pixels), Image.fromarray(255 - pixels)]
+    regions = [(0, mask), (0, ~mask), (1, mask)]
+    rgba = torch.stack([transform(pictures[i], m) for i, m in regions])
+    boxes = torch.stack([transform(pictures[i], BOX) for i, _ in regions])
+    with torch.no_grad():
+        plain = rgba.clone()
+        plain[:, 3] = model.normalisation.whole_image
+        dense = torch.cat([dense_features(model.visual, r[None]) for r in plain])
+        marks = model.normalisation.inverse(rgba)[:, 3:]
+        found = FOCUS["mask pooling"].encode(model, rgba)
+        torch.testing.assert_close(found, pool_masks(dense, marks))
+        found = FOCUS["RoIAlign"].encode(model, boxes)
+        marks = model.normalisation.inverse(boxes)[:, 3:]
+        torch.testing.assert_close(found, pool_boxes(dense, marks))
 
 
 def test_blur_keeps_the_object_and_hides_the_rest(pixels: np.ndarray, mask: np.ndarray) -> None:
@@ -132,7 +195,7 @@ def test_attention_mask_points_the_tower_and_leaves_alpha_alone(
     torch.testing.assert_close(pointed, expected)
     torch.testing.assert_close(pointed.norm(dim=-1), torch.ones(1))
     assert not torch.allclose(pointed, plain, atol=1e-3)
-    for name in set(FOCUS) - {ATTENTION_MASK}:
+    for name in set(FOCUS) - set(CLASS_TOKEN):
         with torch.no_grad():
             encoded = FOCUS[name].encode(model, rgba)
         assert torch.equal(encoded, model.encode_image(rgba, normalize=True)), name
@@ -145,6 +208,6 @@ def test_a_tower_that_cannot_be_masked_has_all_other_ways(
     config = {"layers": [1, 1, 1, 1], "width": 16, "head_width": 16, "image_size": 32}
     resnet: Any = SimpleNamespace(visual=_build_vision_tower(16, config))
     with caplog.at_level(logging.WARNING):
-        assert ways_for(resnet) == [name for name in FOCUS if name != ATTENTION_MASK]
-    assert "attention mask is left out" in caplog.text
+        assert ways_for(resnet) == [name for name in FOCUS if name not in CLASS_TOKEN]
+    assert "attention mask, mask pooling, RoIAlign are left out" in caplog.text
     assert "ModifiedResNet" in caplog.text

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from alpha_clip.drops import Drops
+from alpha_clip.evaluation.focus_baselines import FOCUS
 from alpha_clip.evaluation.labelled import LabelledPicture, ShardRegions
 from alpha_clip.evaluation.region_classification import RegionClassification
 from alpha_clip.evaluation.region_views import (
@@ -85,10 +86,7 @@ def test_scores_equal_a_count_by_hand(
     for way in ("no alpha", "alpha", "box alpha", "crop", WRONG_OBJECT, INVERTED, ALPHA_ONLY):
         found = by_hand(model, two_shards, names, template, way)
         assert scores[way] == pytest.approx(sum(ok for _, ok in found) / len(found)), way
-    ways = {
-        "no alpha", "alpha", SHUFFLED, WRONG_OBJECT, INVERTED, ALPHA_ONLY, "box alpha", "crop",
-        "masked crop", "red circle", "blur", "attention mask",
-    }  # fmt: skip
+    ways = {*FOCUS, SHUFFLED, WRONG_OBJECT, INVERTED, ALPHA_ONLY}
     kinds = ("", "top-5/", "mean per class/", "mean per class top-5/")
     assert set(scores) == {kind + way for kind in kinds for way in ways} | {
         "regions", "classes", "within image/chance", "within image/no alpha", "within image/alpha",
