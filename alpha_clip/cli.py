@@ -60,6 +60,8 @@ def _call(command: str, arguments: list[str]) -> None:
     """Run one of the commands that are plain functions."""
     from jsonargparse import auto_cli
 
+    if command == "eval" and "--compare" in arguments:
+        return _compare(arguments)
     if command == "demo":
         from alpha_clip.demo import demo
 
@@ -69,6 +71,19 @@ def _call(command: str, arguments: list[str]) -> None:
         functions = {"eval": evaluate, "export": export, "phrases": phrases}
         function = functions[command]
     auto_cli(function, args=arguments, as_positional=False, prog=f"alpha-clip {command}")
+
+
+def _compare(arguments: list[str]) -> None:
+    """Parse `eval --compare A.json B.json ...`: files in a row, as a shell's pattern gives them."""
+    from argparse import ArgumentParser
+
+    from alpha_clip.evaluation.compare import compare
+
+    parser = ArgumentParser("alpha-clip eval", description="Compare results of one benchmark.")
+    parser.add_argument("--compare", nargs="+", metavar="FILE", help="What eval wrote, NAME.json.")
+    parser.add_argument("--output", default="runs/eval/compare.md", help="Table; also .csv, .png.")
+    typed = parser.parse_args(arguments)
+    sys.stdout.write(compare(typed.compare, typed.output))
 
 
 def phrases(
@@ -112,7 +127,7 @@ def evaluate(
     """Run a benchmark on a model; write its figures, per-class tables and pictures.
 
     Stopped and started again, it goes on where it was; what is done lies beside the output, in
-    NAME.parts.
+    NAME.parts. `alpha-clip eval --compare A.json B.json` puts several results side by side.
 
     Args:
         checkpoint: A folder written by training or by save_checkpoint, or published weights; null

@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -138,9 +139,19 @@ def test_eval_writes_its_figures(
     assert record["checkpoint"] == checkpoint
     scores = record["scores"]
     assert scores["regions"] == 12
-    shown = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines())
+    shown = dict(re.split("  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert shown["regions"] == "12"
-    assert shown["alpha"] == f"{scores['alpha']:.4f}"
+    low, high = record["intervals"]["alpha"]
+    assert shown["alpha"] == f"{scores['alpha']:.4f}  ({low:.4f}–{high:.4f})"
+    assert low <= scores["alpha"] <= high
+    assert file.with_suffix(".png").is_file()
+    # Once more, with nothing left to do.
+    assert run("eval", "--config", str(config)) == 0
+    assert json.loads(file.read_text()) == record
+    assert run("eval", "--config", str(config), "--devices", "0") == 2
+    assert "at least one device" in capsys.readouterr().err
+    assert run("eval", "--config", str(config), "--output", "scores.csv") == 2
+    assert "output is the JSON file" in capsys.readouterr().err
 
 
 def test_a_missing_checkpoint_exits_2_with_a_word(
