@@ -75,12 +75,15 @@ def _call(command: str, arguments: list[str]) -> None:
 
 def _compare(arguments: list[str]) -> None:
     """Parse `eval --compare A.json B.json ...`: files in a row, as a shell's pattern gives them."""
-    from argparse import ArgumentParser
+    from jsonargparse import ArgumentParser
 
     from alpha_clip.evaluation.compare import compare
 
     parser = ArgumentParser("alpha-clip eval", description="Compare results of one benchmark.")
-    parser.add_argument("--compare", nargs="+", metavar="FILE", help="What eval wrote, NAME.json.")
+    parser.add_argument("--config", action="config", help="Path to a configuration file.")
+    parser.add_argument(
+        "--compare", type=str, nargs="+", metavar="FILE", help="What eval wrote, NAME.json."
+    )
     parser.add_argument("--output", default="runs/eval/compare.md", help="Table; also .csv, .png.")
     typed = parser.parse_args(arguments)
     sys.stdout.write(compare(typed.compare, typed.output))
