@@ -10,6 +10,7 @@ from jsonargparse import auto_cli
 
 from benchmarks.alpha_cost import alpha_cost
 from benchmarks.data import data
+from benchmarks.evaluation import evaluation
 from benchmarks.focus.driver import focus
 from benchmarks.regions import regions
 from benchmarks.text import text
@@ -19,6 +20,7 @@ from benchmarks.training_step import training_step
 BENCHMARKS = {
     "alpha_cost": alpha_cost,
     "data": data,
+    "evaluation": evaluation,
     "focus": focus,
     "regions": regions,
     "text": text,

@@ -79,11 +79,13 @@ def reading(shards: ShardSet, regions: int, size: int, samples: int) -> Callable
     return read
 
 
-def write_shard(folder: Path, rng: np.random.Generator, samples: int) -> None:
+def write_shard(
+    folder: Path, rng: np.random.Generator, samples: int, regions_each: int = REGIONS
+) -> None:
     """Write a shard of pictures with about the detail of photographs, and masks like SAM's."""
     writer = ShardWriter(folder, 0)
     for i in range(samples):
-        masks = [blob(rng) for _ in range(REGIONS)]
+        masks = [blob(rng) for _ in range(regions_each)]
         regions = tuple(
             RegionAnnotation(
                 rid=rid,

@@ -42,6 +42,7 @@ class Classification(Benchmark):
         scale: Side of the square that `crop_box` cuts, relative to the region's box.
         batch_size: Images that go through the tower at a time.
         held_out: Names that are scored apart: the model was not trained on them.
+        controls: Whether `alpha` is followed by its four controls, each another pass.
 
     Raises:
         ValueError: If a way of pointing is unknown.
@@ -56,6 +57,7 @@ class Classification(Benchmark):
         scale: float = 1.5,
         batch_size: int = 64,
         held_out: tuple[str, ...] = (),
+        controls: bool = False,
     ) -> None:
         unknown = set(focus or ()) - FOCUS.keys()
         if unknown:
@@ -67,6 +69,7 @@ class Classification(Benchmark):
         self.scale = scale
         self.batch_size = batch_size
         self.held_out = held_out
+        self.controls = controls
         self._ways: list[str] = []
         self._text = torch.empty(0)
 
@@ -98,7 +101,7 @@ class Classification(Benchmark):
         device = self._text.device
         truth = torch.tensor(views.labels, device=device)
         columns: Columns = {"label": truth.cpu().numpy()}
-        for name, rgba, view in views.all(self._ways):
+        for name, rgba, view in views.all(self._ways, self.controls):
             encode = FOCUS[name].encode if name in FOCUS else encode_alpha
             parts = [encode(model, part.to(device)) for part in rgba.split(self.batch_size)]
             features = torch.cat(parts).float()[view]

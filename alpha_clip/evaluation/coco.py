@@ -35,6 +35,8 @@ class CocoClassification(Classification):
         scale: Side of that square, relative to the longer side of the object's box.
         batch_size: Images that go through the tower at a time.
         max_images: Most images to read; `None` reads all.
+        controls: Whether `alpha` is followed by its controls (another picture's alpha, another
+            object's, inverted, alpha alone), four more passes.
 
     Raises:
         ValueError: If the file is of another format, or says a thing twice.
@@ -50,9 +52,10 @@ class CocoClassification(Classification):
         scale: float = 1.5,
         batch_size: int = 64,
         max_images: int | None = None,
+        controls: bool = False,
     ) -> None:
         source = CocoRegions(annotations, images, max_images)
-        super().__init__(source, [template], focus, geometry, scale, batch_size)
+        super().__init__(source, [template], focus, geometry, scale, batch_size, controls=controls)
 
 
 class CocoRegions(FolderRegions):

@@ -43,6 +43,8 @@ class ImageNetS(Classification):
         geometry: How images become squares.
         batch_size: Images that go through the tower at a time.
         max_images: Most images to read; `None` reads all.
+        controls: Whether `alpha` is followed by its controls (another picture's alpha, another
+            object's, inverted, alpha alone), four more passes.
 
     Raises:
         ValueError: If the file or the folder is of another format, or a class is none of
@@ -59,6 +61,7 @@ class ImageNetS(Classification):
         geometry: Geometry = "center_crop",
         batch_size: int = 64,
         max_images: int | None = None,
+        controls: bool = False,
     ) -> None:
         from open_clip import OPENAI_IMAGENET_TEMPLATES
 
@@ -67,7 +70,7 @@ class ImageNetS(Classification):
         prompts = ["a photo of a {}."]
         if templates == "80":
             prompts = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
-        super().__init__(source, prompts, focus, geometry, batch_size=batch_size)
+        super().__init__(source, prompts, focus, geometry, batch_size=batch_size, controls=controls)
 
 
 class PublishedRegions(FolderRegions):

@@ -24,6 +24,8 @@ class RegionClassification(Classification):
         geometry: How images become squares.
         batch_size: Images that go through the tower at a time.
         max_images: Most images to read; `None` reads all.
+        controls: Whether `alpha` is followed by its controls (another picture's alpha, another
+            object's, inverted, alpha alone), four more passes.
 
     Raises:
         ValueError: If a way of pointing is unknown, or the names file is none.
@@ -38,11 +40,18 @@ class RegionClassification(Classification):
         geometry: Geometry = "squash",
         batch_size: int = 64,
         max_images: int | None = None,
+        controls: bool = True,
     ) -> None:
         named, held_out = _read_names(names) if names else ([], [])
         source = ShardRegions(find_shards(data), named, max_images)
         super().__init__(
-            source, [template], focus, geometry, batch_size=batch_size, held_out=tuple(held_out)
+            source,
+            [template],
+            focus,
+            geometry,
+            batch_size=batch_size,
+            held_out=tuple(held_out),
+            controls=controls,
         )
 
 

@@ -37,8 +37,8 @@ class RegionViews:
         self.labels = [region.label for picture in pictures for region in picture.regions]
         self._masks = [[decode_rle(region.rle) for region in p.regions] for p in pictures]
 
-    def all(self, ways: list[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Yield name, views and whose view is which, for each way of pointing, then the controls.
+    def all(self, ways: list[str], controls: bool = True) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield name, views and whose view is which, for each way; behind `alpha` its controls.
 
         Yields:
             `name, rgba [views, 4, H, W], view [regions]`: the number of each region's view.
@@ -46,7 +46,7 @@ class RegionViews:
         for name in ways:
             rgba, view = self._points(FOCUS[name])
             yield name, rgba, view
-            if name == "alpha":
+            if name == "alpha" and controls:
                 rgba = rgba[view]
                 yield from (
                     (n, control, torch.arange(len(rgba))) for n, control in self._controls(rgba)
