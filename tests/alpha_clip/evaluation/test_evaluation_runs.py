@@ -157,7 +157,7 @@ def test_an_empty_part_takes_no_room() -> None:
 
 
 def test_what_a_run_leaves(tmp_path: Path) -> None:
-    benchmark = Numbers("log")
+    benchmark = Numbers(str(tmp_path / "log"))
     columns = join(
         benchmark.score(None, part, Drops(), lambda _: None)  # type: ignore[arg-type]
         for part in benchmark.parts()
