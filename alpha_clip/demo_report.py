@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alpha_clip.evaluation.focus_baselines import FOCUS
+from alpha_clip.evaluation.region_views import CONTROLS
 from alpha_clip.report import Report
 from alpha_clip.visualize import plot_bars, plot_curves
 
@@ -116,9 +117,7 @@ def _scores(report: Report, folder: Path, pictures: Path) -> dict[str, dict[str,
         "the name itself."
     )
     ways = [way for way in FOCUS if way in scores["alpha"]]
-    ways[2:2] = [
-        w for w in scores["alpha"] if w not in FOCUS and "regions" not in w and "/" not in w
-    ]
+    ways[2:2] = [control for control in CONTROLS if control in scores["alpha"]]
     rows = []
     for way in ways:
         row = [way]

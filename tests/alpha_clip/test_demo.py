@@ -1,6 +1,7 @@
 """The demo's steps: what it refuses, and how a finished step is not run again."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -98,3 +99,23 @@ def test_a_mark_holds_what_was_run(counted: tuple[Step, Path], tmp_path: Path) -
     (mark,) = (tmp_path / ".steps").iterdir()
     assert mark.name == "make-masks-box.json"
     assert json.loads(mark.read_text())["arguments"] == ["alpha-clip-data", "grit"]
+
+
+def test_the_reports_table_has_ways_of_pointing_alone(tmp_path: Path) -> None:
+    """Beside them, results hold counts and other kinds of figures."""
+    from alpha_clip.demo_report import _scores
+    from alpha_clip.report import Report
+
+    ways = ["no alpha", "alpha", "shuffled alpha", "crop"]
+    figures = {"regions": 9.0, "held out/regions": 3.0, "classes": 36.0, "top-5/alpha": 1.0}
+    figures |= {way: 0.1 * i for i, way in enumerate(ways)}
+    figures |= {f"held out/{way}": 0.05 * i for i, way in enumerate(ways)}
+    (tmp_path / "scores").mkdir()
+    for name in ("base", "alpha"):
+        (tmp_path / "scores" / f"{name}.json").write_text(json.dumps({"scores": figures}))
+    report = Report("title")
+    _scores(report, tmp_path, tmp_path)
+    report.write(tmp_path / "page.html")
+    rows = re.findall(r"<tr><td>([^<]+)</td>", (tmp_path / "page.html").read_text())
+    assert rows == ["no alpha", "alpha", "shuffled alpha", "crop"]
+    assert (tmp_path / "accuracy.png").is_file()
