@@ -63,11 +63,15 @@ def masked_crop(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, 
 
 def red_circle(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
     """Draw a red ellipse around the box (Shtedritski et al., arXiv 2304.06712)."""
-    drawn = image.convert("RGB")
-    width = _line(image)
-    x1, y1, x2, y2 = box.pixels(image.height, image.width)
-    around = (x1 - width, y1 - width, x2 - 1 + width, y2 - 1 + width)
-    ImageDraw.Draw(drawn).ellipse(around, outline=_RED, width=width)
+    drawn, where, width = _around(image, box)
+    ImageDraw.Draw(drawn).ellipse(where, outline=_RED, width=width)
+    return drawn, None
+
+
+def red_box(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
+    """Draw a red rectangle around the box (ViP-LLaVA, arXiv 2312.00784)."""
+    drawn, where, width = _around(image, box)
+    ImageDraw.Draw(drawn).rectangle(where, outline=_RED, width=width)
     return drawn, None
 
 
@@ -84,16 +88,6 @@ def gray(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]
     colour = image.convert("RGB")
     drawn = colour.convert("L").convert("RGB")
     drawn.paste(colour, mask=Image.fromarray(mask))
-    return drawn, None
-
-
-def red_box(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
-    """Draw a red rectangle around the box (ViP-LLaVA, arXiv 2312.00784)."""
-    drawn = image.convert("RGB")
-    width = _line(image)
-    x1, y1, x2, y2 = box.pixels(image.height, image.width)
-    around = (x1 - width, y1 - width, x2 - 1 + width, y2 - 1 + width)
-    ImageDraw.Draw(drawn).rectangle(around, outline=_RED, width=width)
     return drawn, None
 
 
@@ -115,6 +109,13 @@ def _without_background(image: Image.Image, mask: Mask) -> Image.Image:
     pixels = np.array(image.convert("RGB"))
     pixels[~mask] = [round(255 * c) for c in OPENAI_MEAN]
     return Image.fromarray(pixels)
+
+
+def _around(image: Image.Image, box: Box) -> tuple[Image.Image, tuple[int, int, int, int], int]:
+    """Return an image to draw on, the first and last pixels of a frame, and its line's width."""
+    width = _line(image)
+    x1, y1, x2, y2 = box.pixels(image.height, image.width)
+    return image.convert("RGB"), (x1 - width, y1 - width, x2 - 1 + width, y2 - 1 + width), width
 
 
 def _line(image: Image.Image) -> int:
