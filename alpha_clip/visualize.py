@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -208,7 +209,7 @@ def plot_bars(
         places = [names.index(name) + (i - (len(series) - 1) / 2) * width for name in values]
         bars = axes.bar(places, list(values.values()), width * 0.92, label=label)
         axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
-    axes.set_xticks(range(len(names)), [n.replace(" ", "\n", 1) for n in names], fontsize=8)
+    axes.set_xticks(range(len(names)), [fill(n.replace("/", "/ "), 16) for n in names], fontsize=8)
     axes.set(ylabel=y_label, ylim=(0, limit * 1.08))
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=130)
@@ -227,7 +228,7 @@ def plot_intervals(panels: dict[str, dict[str, tuple[float, float, float]]], fil
     figure, several = _figure(4.2 * columns, rows * (0.3 * longest + 0.7), (rows, columns), "x")
     for axes in several[len(panels) :]:
         axes.remove()
-    for axes, (title, values) in zip(several, panels.items(), strict=False):
+    for axes, (title, values) in zip(several[: len(panels)], panels.items(), strict=True):
         means, low, high = (np.array(column) for column in zip(*values.values(), strict=True))
         around = np.stack([means - low, high - means]).clip(min=0)
         axes.barh(list(values), means, xerr=around, height=0.7, error_kw={"lw": 0.8})

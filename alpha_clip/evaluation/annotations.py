@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ class FolderRegions(LabelledRegions):
     def __init__(self, entries: list[Any], names: list[str]) -> None:
         self._entries = entries
         self._names = names
+        stretches = range(0, len(entries), _PART)
+        self._parts = {named(i, entries[i : i + _PART]): i for i in stretches}
 
     @property
     def names(self) -> list[str]:
@@ -46,11 +49,11 @@ class FolderRegions(LabelledRegions):
     def parts(self) -> dict[str, int]:
         """Return stretches of the list of pictures."""
         count = len(self._entries)
-        return {f"{first:08d}": min(_PART, count - first) for first in range(0, count, _PART)}
+        return {part: min(_PART, count - first) for part, first in self._parts.items()}
 
     def pictures(self, part: str, drops: Drops) -> Iterator[LabelledPicture]:
         """Yield the pictures of a stretch."""
-        for entry in self._entries[int(part) : int(part) + _PART]:
+        for entry in self._entries[(first := self._parts[part]) : first + _PART]:
             try:
                 file, size = self.file_of(entry)
                 image = open_picture(file, size)
@@ -81,6 +84,12 @@ class FolderRegions(LabelledRegions):
         Raises:
             SampleError: If the entry can't be used.
         """
+
+
+def named(number: int, entries: list[Any]) -> str:
+    """Return the name of a part: entries that were edited are another one, and scored again."""
+    digest = hashlib.sha256(json.dumps(entries, default=str).encode()).hexdigest()
+    return f"{number:08d}-{digest[:8]}"
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -100,7 +100,7 @@ class Benchmark(ABC):
         self.prepare(model)
         drops = Drops()
         columns = join(self.score(model, part, drops, lambda _: None) for part in self.parts())
-        return scores_of(self, columns)
+        return scores_of(self, columns, self.outcomes(columns))
 
 
 def join(parts: Iterable[Columns]) -> Columns:
@@ -117,9 +117,9 @@ def join(parts: Iterable[Columns]) -> Columns:
     return {name: np.concatenate(columns) for name, columns in found.items()}
 
 
-def scores_of(benchmark: Benchmark, columns: Columns) -> Scores:
+def scores_of(benchmark: Benchmark, columns: Columns, outcomes: dict[str, Outcome]) -> Scores:
     """Return counts and figures; figures without any values are left out."""
-    means = {name: outcome.mean() for name, outcome in benchmark.outcomes(columns).items()}
+    means = {name: outcome.mean() for name, outcome in outcomes.items()}
     return {
         **benchmark.counts(columns),
         **{name: mean for name, mean in means.items() if not np.isnan(mean)},

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from alpha_clip.drops import Drops
-from alpha_clip.evaluation.annotations import inside, open_picture, read_json
+from alpha_clip.evaluation.annotations import inside, named, open_picture, read_json
 from alpha_clip.evaluation.base import PICTURE, Benchmark, Columns, Scores, Seen
 from alpha_clip.evaluation.inputs import encode_texts
 from alpha_clip.evaluation.outcomes import Outcome
@@ -66,21 +66,24 @@ class BlindPairs(Benchmark):
         self._images = next((root / f for f in _FOLDERS if (root / f).is_dir()), root / _FOLDERS[0])
         self._patterns, self._pairs = _read_pairs(root / "Questions.csv")
         self._regions = _read_regions(regions) if regions else {}
+        self._parts: dict[str, list[_Pair]] = {}
+        for number in range(len(self._patterns)):
+            pairs = [pair for pair in self._pairs if pair.pattern == number]
+            shown = [[pair, *map(self._region_of, pair.questions)] for pair in pairs]
+            self._parts[named(number, shown)] = pairs
         self.template = template
         self.geometry: SharedGeometry = geometry
 
     def parts(self) -> dict[str, int]:
         """Return the patterns."""
-        numbers = [pair.pattern for pair in self._pairs]
-        return {f"{i:03d}": 2 * numbers.count(i) for i in range(len(self._patterns))}
+        return {part: 2 * len(pairs) for part, pairs in self._parts.items()}
 
     def score(self, model: AlphaClip, part: str, drops: Drops, seen: Seen) -> Columns:
         """Return, for each pair, whether statements and pictures found each other."""
         transform = model.transform.replace(geometry=self.geometry)
         device = model.logit_scale.device
         found: list[tuple[bool, bool, bool, bool]] = []
-        pairs = [pair for pair in self._pairs if pair.pattern == int(part)]
-        for pair in pairs:
+        for pair in self._parts[part]:
             seen(2)
             try:
                 shown = [self._view(pair, question, transform) for question in pair.questions]
@@ -96,16 +99,19 @@ class BlindPairs(Benchmark):
         outcome = np.array(found, float)
         return {
             PICTURE: np.arange(len(found)),
-            "pattern": np.full(len(found), int(part)),
+            "pattern": np.full(len(found), self._parts[part][0].pattern),
             "text to image": outcome[:, :2],
             "image to text": outcome[:, 2:],
         }
+
+    def _region_of(self, question: int) -> Region:
+        return self._regions.get(str(question))
 
     def _view(self, pair: _Pair, question: int, transform: Any) -> Tensor:
         file = inside(self._images, f"{self._patterns[pair.pattern]}/{question}.jpg")
         image = open_picture(file, None)
         try:
-            view: Tensor = transform(image, self._regions.get(str(question)))
+            view: Tensor = transform(image, self._region_of(question))
         except (TypeError, ValueError) as error:
             raise SampleError("bad_rle", f"{file}: {error}") from error
         return view

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
 from alpha_clip.evaluation.annotations import FolderRegions, inside, read_json
 from alpha_clip.evaluation.classification import Classification
 from alpha_clip.geometry import Geometry
-from alpha_clip.regions import Box, Region, SampleError, read_picture
+from alpha_clip.regions import Box, Region, SampleError, read_picture, upright_size
 
 _EXPECTED = (
     "the published imagenet_919.json: a list of {image_pth, mask (COCO RLE), category_word (such "
@@ -125,8 +124,8 @@ class SegmentationRegions(FolderRegions):
         """Return the picture's file and the size of its mask."""
         stem = self._pictures / entry.parent.name / entry.stem
         files = [stem.with_name(stem.name + extension) for extension in _EXTENSIONS]
-        with Image.open(entry) as mask:
-            return next((f for f in files if f.is_file()), files[0]), mask.size
+        size = upright_size(entry.read_bytes())
+        return next((f for f in files if f.is_file()), files[0]), size
 
     def regions_of(self, entry: Any) -> Iterator[tuple[int, Region, Box | None]]:
         """Yield the object: pixels that say its class, R + 256 G, counted from 1."""

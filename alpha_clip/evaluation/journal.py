@@ -82,7 +82,8 @@ class Journal:
 
 def fingerprint(benchmark: Benchmark, model: AlphaClip) -> str:
     """Return eight characters that tell runs apart: of the benchmark's settings and the weights."""
-    about = [type(benchmark).__name__, benchmark.settings, benchmark.parts(), model.name]
+    kind, names = type(benchmark).__name__, benchmark.classes()
+    about = [kind, benchmark.settings, names, benchmark.parts(), model.name]
     digest = hashlib.sha256(json.dumps(about, default=str, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

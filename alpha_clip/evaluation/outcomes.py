@@ -70,14 +70,9 @@ class Outcome:
         values, groups, weights, _ = self._rows()
         if groups is None:
             raise ValueError("this figure is no mean over classes")
-        return {
-            int(group): (
-                float(np.average(values[inside], weights=weights[inside])),
-                int(inside.sum()),
-            )
-            for group in np.unique(groups)
-            for inside in [groups == group]
-        }
+        found = np.bincount(groups)
+        sums, total = (np.bincount(groups, w) for w in (values * weights, weights))
+        return {int(g): (float(sums[g] / total[g]), int(found[g])) for g in np.flatnonzero(found)}
 
     def _rows(
         self,

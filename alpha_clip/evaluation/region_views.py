@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
-from alpha_clip.evaluation.focus_baselines import FOCUS, Focus
+from alpha_clip.evaluation.focus_baselines import FOCUS, Focus, Mask
 from alpha_clip.evaluation.labelled import LabelledPicture
 from alpha_clip.regions import Region, decode_rle
 from alpha_clip.transforms import RegionTransform
@@ -64,23 +65,25 @@ class RegionViews:
                 continue
             marks = [marked for _, marked in shown]
             if any(image is not picture.image for image, _ in shown):
-                new = [self.transform(image, marked) for image, marked in shown]
-            elif all(marked is None for marked in marks) and self.transform.geometry != "crop_box":
+                each = zip(shown, masks, strict=True)
+                new = [self._marked(image, [mark], [mask])[0] for (image, mark), mask in each]
+            elif all(mark is None for mark in marks) and self.transform.geometry != "crop_box":
                 view += len(marks) * [len(views)]
                 views.append(self.transform(picture.image))
                 continue
             else:
-                new = list(self._stacked(picture, marks, masks))
+                new = list(self._marked(picture.image, marks, masks))
             view += range(len(views), len(views) + len(new))
             views += new
         return torch.stack(views), torch.tensor(view)
 
-    def _stacked(
-        self, picture: LabelledPicture, marks: Sequence[Region], masks: Sequence[Region]
+    def _marked(
+        self, image: Image.Image, marks: Sequence[Region], masks: Sequence[Mask]
     ) -> Float[Tensor, "regions 4 height width"]:
-        """Resize a picture once; a window around a region is cut also where alpha shows none."""
-        blind = self.transform.geometry == "crop_box" and all(mark is None for mark in marks)
-        rgba = self.transform.stack(picture.image, masks if blind else marks)
+        """Resize an image once; a window around a region is cut also where alpha shows none."""
+        whole = image.size == masks[0].shape[::-1]  # not a crop already
+        blind = self.transform.geometry == "crop_box" and whole and all(m is None for m in marks)
+        rgba = self.transform.stack(image, masks if blind else marks)
         if blind:
             rgba[:, 3] = self.transform.normalisation.whole_image
         return rgba

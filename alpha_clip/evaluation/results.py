@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alpha_clip.evaluation.base import Benchmark, Columns, Scores, scores_of
+from alpha_clip.evaluation.outcomes import Outcome
 from alpha_clip.visualize import plot_counts, plot_intervals
 
 _CONFUSIONS = 20  # pairs in the picture of what is mixed up
@@ -36,7 +37,7 @@ def write_results(
         about: What else to record, such as the model.
     """
     outcomes = benchmark.outcomes(columns)
-    scores = scores_of(benchmark, columns)
+    scores = scores_of(benchmark, columns, outcomes)
     intervals = {name: o.interval() for name, o in outcomes.items() if name in scores}
     file.parent.mkdir(parents=True, exist_ok=True)
     record = {
@@ -54,7 +55,7 @@ def write_results(
     )
     plot_intervals(_panels(scores, intervals), file.with_suffix(".png"))
     if classes := benchmark.classes():
-        _write_classes(benchmark, columns, classes, file.with_suffix(".classes.csv"))
+        _write_classes(outcomes, classes, file.with_suffix(".classes.csv"))
     answers = benchmark.confusions(columns)
     if answers and (mixed := _mixed_up(*answers, classes)):
         title = "taken for something else (regions)"
@@ -84,9 +85,9 @@ def _table(file: Path, header: list[str], rows: Sequence[Sequence[object]]) -> N
         writer.writerows(rows)
 
 
-def _write_classes(benchmark: Benchmark, columns: Columns, classes: list[str], file: Path) -> None:
+def _write_classes(outcomes: dict[str, Outcome], classes: list[str], file: Path) -> None:
     """Write a row for each class: how many regions, and the mean of each grouped figure."""
-    grouped = {n: o for n, o in benchmark.outcomes(columns).items() if o.groups is not None}
+    grouped = {n: o for n, o in outcomes.items() if o.groups is not None}
     means = {name: outcome.by_group() for name, outcome in grouped.items()}
     rows: list[list[object]] = []
     for number, label in enumerate(classes):

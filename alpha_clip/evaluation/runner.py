@@ -53,7 +53,7 @@ def run_benchmark(
             kwargs={"max_dropped": max_dropped},
         )
         for i, device in enumerate(devices)
-        if i
+        if i and todo[i :: len(devices)]
     ]
     for process in others:
         process.start()
@@ -114,6 +114,6 @@ def _check(dropped: list[tuple[str, str]], sizes: Iterable[int], limit: float) -
     if len(dropped) > limit * total:
         few = "; ".join(f"{reason}: {detail}" for reason, detail in dropped[:5])
         raise ValueError(
-            f"{len(dropped)} of {total} pictures can't be used, more than max_dropped = {limit:g} "
-            f"allows: {few}{' …' if len(dropped) > 5 else ''}"
+            f"{len(dropped)} pictures or regions, of {total} pictures, can't be used, more than "
+            f"max_dropped = {limit:g} allows: {few}{' …' if len(dropped) > 5 else ''}"
         )

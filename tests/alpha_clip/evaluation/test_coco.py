@@ -10,6 +10,7 @@ from pycocotools import mask as coco_mask
 
 from alpha_clip.drops import Drops
 from alpha_clip.evaluation.coco import CocoClassification, CocoRegions
+from alpha_clip.evaluation.labelled import LabelledPicture
 from alpha_clip.model import AlphaClip
 from alpha_clip.regions import decode_rle
 
@@ -66,12 +67,25 @@ def regions(record: object, folder: Path) -> CocoRegions:
     return CocoRegions(write(record, folder), str(folder))
 
 
+def pictures(source: Any, drops: Drops) -> list[LabelledPicture]:
+    """The pictures of a source that has but one part."""
+    (part,) = source.parts()
+    return list(source.pictures(part, drops))
+
+
+def test_an_edited_file_is_another_run(coco: dict[str, Any], tmp_path: Path) -> None:
+    before = regions(coco, tmp_path).parts()
+    assert regions(coco, tmp_path).parts() == before
+    coco["annotations"][0]["segmentation"] = [[v + 1 for v in SQUARE]]
+    assert regions(coco, tmp_path).parts().keys() != before.keys()
+
+
 def test_masks_of_every_kind_and_ids_with_gaps(coco: dict[str, Any], tmp_path: Path) -> None:
     source = regions(coco, tmp_path)
     assert source.names == ["car", "x", "tooth brush"]
     drops = Drops()
-    assert source.parts() == {"00000000": 2}  # a picture without objects asks nothing
-    first, second = source.pictures("00000000", drops)
+    assert list(source.parts().values()) == [2]  # a picture without objects asks nothing
+    first, second = pictures(source, drops)
     assert [r.label for r in first.regions + second.regions] == [2, 0, 0, 2]
     assert drops.counts() == {}
     polygon, compressed = (decode_rle(r.rle) for r in first.regions)
@@ -98,7 +112,7 @@ def test_scores_equal_a_count_by_hand(
         prompts = [f"a photo of a {name}." for name in ("car", "x", "tooth brush")]
         text = model.encode_text(model.tokenizer(prompts), normalize=True)
         right: dict[str, list[tuple[int, bool]]] = {"alpha": [], "crop": []}
-        for picture in benchmark.source.pictures("00000000", Drops()):
+        for picture in pictures(benchmark.source, Drops()):
             for region in picture.regions:
                 mask, b = decode_rle(region.rle), region.box
                 cut = picture.image.crop((int(b.x1), int(b.y1), int(b.x2), int(b.y2)))
@@ -123,8 +137,8 @@ def test_lvis_finds_its_pictures_by_url(coco: dict[str, Any], tmp_path: Path) ->
         name = picture.pop("file_name")
         picture["coco_url"] = f"http://images.cocodataset.org/train2017/{name}"
     drops = Drops()
-    pictures = list(regions(coco, tmp_path).pictures("00000000", drops))
-    assert (len(pictures), drops.counts()) == (2, {})  # one with its split, one without
+    found = pictures(regions(coco, tmp_path), drops)
+    assert (len(found), drops.counts()) == (2, {})  # one with its split, one without
 
 
 def test_what_can_not_be_used_is_counted_under_its_reason(
@@ -135,7 +149,7 @@ def test_what_can_not_be_used_is_counted_under_its_reason(
     coco["annotations"][3] = {**coco["annotations"][2], "segmentation": [[1, 2]], "id": 9}
     coco["annotations"][4]["bbox"] = [500, 500, 5, 5]
     drops = Drops()
-    (picture,) = regions(coco, tmp_path).pictures("00000000", drops)
+    (picture,) = pictures(regions(coco, tmp_path), drops)
     assert picture.regions == []
     assert drops.counts() == {"missing_image": 1, "bad_rle": 3}
     assert "a.jpg: No such file" in caplog.text
@@ -148,7 +162,7 @@ def test_pictures_of_another_size_or_turned(coco: dict[str, Any], tmp_path: Path
     turned.save(tmp_path / "a.jpg", exif=exif)
     Image.new("RGB", (81, 60)).save(tmp_path / "c.jpg")
     drops = Drops()
-    (picture,) = regions(coco, tmp_path).pictures("00000000", drops)
+    (picture,) = pictures(regions(coco, tmp_path), drops)
     assert picture.image.size == (80, 60)
     assert drops.counts() == {"size_mismatch": 1}
 
@@ -188,7 +202,7 @@ def test_a_picture_outside_the_folder_is_not_read(coco: dict[str, Any], tmp_path
     coco["images"][2]["file_name"] = str(tmp_path / "c.jpg")
     drops = Drops()
     source = CocoRegions(write(coco, tmp_path), str(tmp_path / "inside"))
-    assert list(source.pictures("00000000", drops)) == []
+    assert pictures(source, drops) == []
     assert drops.counts() == {"missing_image": 2}
 
 

@@ -124,7 +124,7 @@ def test_a_process_that_fails_is_told_of(tmp_path: Path, tiny: Any) -> None:
 
 def test_too_much_that_can_not_be_used_stops_the_run_at_once(tmp_path: Path, tiny: Any) -> None:
     log = tmp_path / "log"
-    message = r"3 of 12 pictures can't be used.*max_dropped = 0.2 .*missing_image: a0.jpg"
+    message = r"3 pictures or regions, of 12 .*max_dropped = 0.2 .*missing_image: a0.jpg"
     with pytest.raises(ValueError, match=message):
         run_benchmark(Numbers(str(log), lost=3), tiny, tmp_path / "parts", ["cpu"], 0.2)
     assert scored(log) == ["a"]

@@ -140,7 +140,8 @@ def test_damaged_entries_are_counted(
     file = write(published, data_set.parent)
     source = ImageNetS(str(data_set.parent), file).source
     drops = Drops()
-    pictures = list(source.pictures("00000000", drops))
+    (part,) = source.parts()
+    pictures = list(source.pictures(part, drops))
     assert drops.counts() == {"missing_image": 1, "bad_rle": 2, "size_mismatch": 1}
     assert sum(len(p.regions) for p in pictures) == 2
     assert "'../secret.JPEG' is no file inside" in caplog.text
@@ -150,10 +151,12 @@ def test_a_mask_without_its_class_is_counted(data_set: Path) -> None:
     file = data_set / "validation-segmentation" / SYNSETS[0] / "val_0.png"
     Image.new("RGB", (71, 50)).save(file)
     (data_set / "validation" / SYNSETS[1] / "val_1.JPEG").unlink()
+    (data_set / "validation-segmentation" / SYNSETS[2] / "val_1.png").write_bytes(b"no picture")
     source = ImageNetS(str(data_set)).source
     drops = Drops()
-    assert len(list(source.pictures("00000000", drops))) == 4
-    assert drops.counts() == {"bad_area": 1, "missing_image": 1}
+    (part,) = source.parts()
+    assert len(list(source.pictures(part, drops))) == 3
+    assert drops.counts() == {"bad_area": 1, "missing_image": 1, "corrupt_image": 1}
 
 
 @pytest.mark.parametrize("record", [{}, [{}], [5], [{"image_pth": "a", "mask": {}}]])

@@ -272,6 +272,9 @@ def test_a_picture_that_looks_the_same_for_all_its_regions_is_passed_once(
     assert (len(rgba), view.tolist()) == (4, [0, 1, 2, 3])
     assert len({float(v[:3].mean()) for v in rgba}) == 4  # a window for each
     assert (rgba[:, 3] == Normalisation().whole_image).all()
+    ((_, gray, _),) = cut.all(["gray"])  # another picture, the same windows
+    assert len({float(v[:3].mean()) for v in gray}) == 4
+    assert (gray[:, 3] == Normalisation().whole_image).all()
 
 
 def test_max_images_reads_no_more(model: AlphaClip, two_shards: Path) -> None:
