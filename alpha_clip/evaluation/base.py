@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alpha_clip.drops import Drops
+from alpha_clip.evaluation.columns import Columns, join
 from alpha_clip.evaluation.outcomes import Outcome
 from alpha_clip.model import AlphaClip
 
@@ -22,12 +24,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Scores: TypeAlias = dict[str, float]
-Columns: TypeAlias = dict[str, NDArray[Any]]
-"""Name -> array with a row for each region, query or pair; numbers or text, never objects."""
 Seen: TypeAlias = Callable[[int], object]
 """Told how many more pictures are done."""
-
-PICTURE = "picture"  # column with the picture of each row, numbered within its part
 
 
 class Benchmark(ABC):
@@ -50,6 +48,10 @@ class Benchmark(ABC):
     @abstractmethod
     def parts(self) -> dict[str, int]:
         """Return the parts of the work, in order, with the number of pictures in each."""
+
+    def models(self, model: AlphaClip) -> list[AlphaClip]:
+        """Return all models that take part: with other weights of any, it is another run."""
+        return [model]
 
     def prepare(self, model: AlphaClip) -> None:  # noqa: B027 - not every benchmark needs it
         """Compute what all parts need, such as features of texts; once in each process."""
@@ -88,6 +90,14 @@ class Benchmark(ABC):
         """Return the right class and the answer of each row, for a picture of what is mixed up."""
         return None
 
+    def write(self, columns: Columns, file: Path) -> None:  # noqa: B027 - most have no more
+        """Write what there is beside figures, such as predictions or examples.
+
+        Args:
+            columns: The columns of all parts.
+            file: `NAME.json` of the figures; what is written is called `NAME.` and something.
+        """
+
     def run(self, model: AlphaClip) -> Scores:
         """Evaluate a model in this process and keep nothing on disk.
 
@@ -101,20 +111,6 @@ class Benchmark(ABC):
         drops = Drops()
         columns = join(self.score(model, part, drops, lambda _: None) for part in self.parts())
         return scores_of(self, columns, self.outcomes(columns))
-
-
-def join(parts: Iterable[Columns]) -> Columns:
-    """Put the columns of parts one below the other; pictures are numbered on."""
-    found: dict[str, list[NDArray[Any]]] = {}
-    pictures = 0
-    for columns in parts:
-        if not columns:
-            continue  # nothing in it could be used
-        own = columns[PICTURE].astype(np.int64) + pictures
-        pictures = int(own.max()) + 1
-        for name, column in {**columns, PICTURE: own}.items():
-            found.setdefault(name, []).append(column)
-    return {name: np.concatenate(columns) for name, columns in found.items()}
 
 
 def scores_of(benchmark: Benchmark, columns: Columns, outcomes: dict[str, Outcome]) -> Scores:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from alpha_clip.drops import Drops
 from alpha_clip.evaluation.annotations import inside, named, open_picture, read_json
-from alpha_clip.evaluation.base import PICTURE, Benchmark, Columns, Scores, Seen
+from alpha_clip.evaluation.base import Benchmark, Scores, Seen
+from alpha_clip.evaluation.columns import PICTURE, Columns
 from alpha_clip.evaluation.inputs import encode_texts
 from alpha_clip.evaluation.outcomes import Outcome
 from alpha_clip.geometry import SharedGeometry

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alpha_clip.drops import Drops
-from alpha_clip.evaluation.base import PICTURE, Benchmark, Columns, Scores, Seen
+from alpha_clip.evaluation.base import Benchmark, Scores, Seen
+from alpha_clip.evaluation.columns import PICTURE, Columns
 from alpha_clip.evaluation.focus_baselines import FOCUS, encode_alpha, ways_for
 from alpha_clip.evaluation.inputs import encode_classes
 from alpha_clip.evaluation.labelled import LabelledRegions

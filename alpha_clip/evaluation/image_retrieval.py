@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from alpha_clip.drops import Drops
-from alpha_clip.evaluation.base import PICTURE, Benchmark, Columns, Scores, Seen
+from alpha_clip.evaluation.base import Benchmark, Scores, Seen
+from alpha_clip.evaluation.columns import PICTURE, Columns
 from alpha_clip.evaluation.inputs import encode_texts
 from alpha_clip.evaluation.labelled import ShardRegions
 from alpha_clip.evaluation.outcomes import Outcome

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from alpha_clip.drops import Drops
-from alpha_clip.evaluation.base import Benchmark, Columns
+from alpha_clip.evaluation.base import Benchmark
+from alpha_clip.evaluation.columns import Columns
 from alpha_clip.model import AlphaClip
 
 _DROPPED = ("dropped/reason", "dropped/detail")
@@ -80,12 +81,13 @@ class Journal:
         return self.folder / f"{part}.npz"
 
 
-def fingerprint(benchmark: Benchmark, model: AlphaClip) -> str:
+def fingerprint(benchmark: Benchmark, models: list[AlphaClip]) -> str:
     """Return eight characters that tell runs apart: of the benchmark's settings and the weights."""
     kind, names = type(benchmark).__name__, benchmark.classes()
-    about = [kind, benchmark.settings, names, benchmark.parts(), model.name]
+    about = [kind, benchmark.settings, names, benchmark.parts(), *(model.name for model in models)]
     digest = hashlib.sha256(json.dumps(about, default=str, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    tensors = [item for model in models for item in sorted(model.state_dict().items())]
+    for name, tensor in tensors:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:8]

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alpha_clip.evaluation.base import Benchmark, Columns, Scores, scores_of
+from alpha_clip.evaluation.base import Benchmark, Scores, scores_of
+from alpha_clip.evaluation.columns import Columns
 from alpha_clip.evaluation.outcomes import Outcome
 from alpha_clip.visualize import plot_counts, plot_intervals
 
@@ -27,7 +28,8 @@ def write_results(
 
     `NAME.json` has everything in short; `NAME.csv` the figures with their 95 % intervals (bootstrap
     over pictures); `NAME.png` draws them; `NAME.classes.csv` and `NAME.confusions.png` tell of
-    classes, where there are any; `NAME.dropped.csv` lists what could not be used.
+    classes, where there are any; `NAME.dropped.csv` lists what could not be used;
+    a benchmark may have more (`Benchmark.write`).
 
     Args:
         benchmark: What was measured.
@@ -60,6 +62,7 @@ def write_results(
     if answers and (mixed := _mixed_up(*answers, classes)):
         title = "taken for something else (regions)"
         plot_counts(mixed, title, file.with_suffix(".confusions.png"))
+    benchmark.write(columns, file)
     if dropped:
         _table(file.with_suffix(".dropped.csv"), ["reason", "detail"], dropped)
     file.write_text(json.dumps(record, indent=1, default=str) + "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -10,7 +10,8 @@ import torch
 from torch import multiprocessing as mp
 from tqdm import tqdm
 
-from alpha_clip.evaluation.base import Benchmark, Columns, join
+from alpha_clip.evaluation.base import Benchmark
+from alpha_clip.evaluation.columns import Columns, join
 from alpha_clip.evaluation.journal import Journal, ListedDrops, fingerprint
 from alpha_clip.model import AlphaClip
 
@@ -43,7 +44,7 @@ def run_benchmark(
         RuntimeError: If one of the processes fails.
     """
     model = make_model(devices[0])
-    journal = Journal(folder / fingerprint(benchmark, model))
+    journal = Journal(folder / fingerprint(benchmark, benchmark.models(model)))
     todo = [part for part in benchmark.parts() if not journal.has(part)]
     context = mp.get_context("spawn")
     others = [
@@ -68,10 +69,20 @@ def run_benchmark(
         raise RuntimeError(
             "a process on another device failed, see above; what is done stays: run again"
         )
-    done = [journal.read(part) for part in benchmark.parts()]
-    dropped = [drop for _, drops in done for drop in drops]
+    dropped: list[tuple[str, str]] = []
+    columns = join(_done(journal, benchmark.parts(), dropped), journal.folder)
     _check(dropped, benchmark.parts().values(), max_dropped)
-    return join(columns for columns, _ in done), dropped
+    return columns, dropped
+
+
+def _done(
+    journal: Journal, parts: Iterable[str], dropped: list[tuple[str, str]]
+) -> Iterator[Columns]:
+    """Read what is done, part by part; add to `dropped`."""
+    for part in parts:
+        columns, drops = journal.read(part)
+        dropped += drops
+        yield columns
 
 
 def _process(

@@ -10,7 +10,8 @@ import torch
 
 import alpha_clip
 from alpha_clip.drops import Drops
-from alpha_clip.evaluation.base import PICTURE, Benchmark, Columns, Seen, join
+from alpha_clip.evaluation.base import Benchmark, Seen
+from alpha_clip.evaluation.columns import PICTURE, Columns, join
 from alpha_clip.evaluation.journal import Journal, fingerprint
 from alpha_clip.evaluation.outcomes import Outcome
 from alpha_clip.evaluation.results import write_results
@@ -99,7 +100,10 @@ def test_other_settings_or_weights_are_another_run(
     assert len(scored(log)) == 8
     run_benchmark(Numbers(str(log), "e"), tiny, tmp_path / "parts", ["cpu"])
     assert len(scored(log)) == 12
-    assert fingerprint(Numbers("x"), tiny("cpu")) == fingerprint(Numbers("x"), tiny("cpu"))
+    one, other = tiny("cpu"), make(tiny_name, 1, "cpu")
+    runs = [fingerprint(Numbers("x"), models) for models in ([one], [one, other], [one, one])]
+    assert len(set(runs)) == 3
+    assert fingerprint(Numbers("x"), [tiny("cpu")]) == runs[0]
 
 
 @pytest.mark.slow
@@ -185,3 +189,30 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert len(file.with_suffix(".dropped.csv").read_text().splitlines()) == 3
     for ending in (".png", ".confusions.png"):
         assert file.with_suffix(ending).read_bytes().startswith(b"\x89PNG")
+
+
+def test_vectors_of_all_parts_are_mapped_not_held(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    parts = [{PICTURE: np.arange(n), "features": rng.random((n, 4), np.float32)} for n in (2, 5, 1)]
+    parts = [{**part, "text": np.full(len(part[PICTURE]), "x")} for part in parts]
+    mapped, held = join(iter(parts), tmp_path), join(iter(parts))
+    assert isinstance(mapped["features"], np.memmap)
+    assert not isinstance(held["features"], np.memmap)
+    assert mapped.keys() == held.keys()
+    for name, column in held.items():
+        assert np.array_equal(mapped[name], column)
+    assert not list(tmp_path.iterdir())  # nothing to tidy up
+
+
+class Remembers(Numbers):
+    """Has something to write besides figures."""
+
+    def write(self, columns: Columns, file: Path) -> None:
+        file.with_suffix(".values.txt").write_text(str(columns["value"].sum()))
+
+
+def test_a_benchmark_may_write_more_than_figures(tmp_path: Path) -> None:
+    benchmark = Remembers(str(tmp_path / "log"))
+    columns = {PICTURE: np.arange(3), "value": np.array([0, 1, 2])}
+    write_results(benchmark, columns, [], tmp_path / "scores.json")
+    assert (tmp_path / "scores.values.txt").read_text() == "3"
