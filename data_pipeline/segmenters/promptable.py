@@ -165,11 +165,11 @@ class PromptableSegmenter(Segmenter):
                 if isinstance(embedding, SampleError):
                     results.append(embedding)
                 else:
-                    results.append(_attempt(partial(self._predict, rgb, boxes, embedding)))
+                    results.append(attempt(partial(self._predict, rgb, boxes, embedding)))
         return results
 
     def _embed_each(self, images: list[NDArray[np.uint8]]) -> list[Embedding | SampleError]:
-        together = _attempt(partial(self._embed, images))
+        together = attempt(partial(self._embed, images))
         if not isinstance(together, SampleError):
             return together
         if len(images) == 1:
@@ -258,7 +258,7 @@ def pick_device(name: str, worker: int = 0) -> torch.device:
     return device
 
 
-def _attempt(work: Callable[[], _Result]) -> _Result | SampleError:
+def attempt(work: Callable[[], _Result]) -> _Result | SampleError:
     """Do work for some images and return what went wrong with it, unless the device is broken."""
     try:
         return work()
