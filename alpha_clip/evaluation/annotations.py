@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,6 +133,16 @@ def labelled(label: int, region: Region, box: Box | None, image: Image.Image) ->
         box = Box(float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1))
     box.pixels(image.height, image.width)
     return LabelledRegion(label, encode_rle(mask), box)
+
+
+def box_of(xywh: Any) -> Box | None:
+    """Return COCO's `[x, y, width, height]` in px as a box; `None` if it is none or has no area."""
+    if not isinstance(xywh, list) or len(xywh) != 4:
+        return None
+    if not all(isinstance(v, int | float) and math.isfinite(v) for v in xywh):
+        return None
+    x, y, width, height = xywh
+    return Box(x, y, x + width, y + height) if width > 0 and height > 0 else None
 
 
 def read_json(file: str, expected: str) -> Any:

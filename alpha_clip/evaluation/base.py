@@ -45,6 +45,10 @@ class Benchmark(ABC):
         made.settings = {k: v for k, v in given.arguments.items() if k != "self"}
         return made
 
+    def variant(self) -> str:
+        """Return which of several data sets of one kind this is: their figures do not compare."""
+        return ""
+
     @abstractmethod
     def parts(self) -> dict[str, int]:
         """Return the parts of the work, in order, with the number of pictures in each."""

@@ -6,12 +6,11 @@ the natural background or a masked one; a detector's protocol shows the whole im
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from alpha_clip.evaluation.annotations import FolderRegions, inside, read_json
+from alpha_clip.evaluation.annotations import FolderRegions, box_of, inside, read_json
 from alpha_clip.evaluation.classification import Classification
 from alpha_clip.geometry import Geometry
 from alpha_clip.regions import Box, Region, SampleError
@@ -104,18 +103,8 @@ class CocoRegions(FolderRegions):
         for found in entry[1]:
             if found.get("iscrowd"):
                 continue
-            box = _box(found.get("bbox"))
+            box = box_of(found.get("bbox"))
             mask = found.get("segmentation") or box
             if mask is None:
                 raise SampleError("bad_area", f"object {found.get('id')} has no mask and no box")
             yield self._label[found["category_id"]], mask, box
-
-
-def _box(xywh: Any) -> Box | None:
-    """Return COCO's `[x, y, width, height]` as a box; `None` if it is none or has no area."""
-    if not isinstance(xywh, list) or len(xywh) != 4:
-        return None
-    if not all(isinstance(v, int | float) and math.isfinite(v) for v in xywh):
-        return None
-    x, y, width, height = xywh
-    return Box(x, y, x + width, y + height) if width > 0 and height > 0 else None

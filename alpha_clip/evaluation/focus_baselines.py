@@ -105,6 +105,16 @@ def masked_background(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.I
     return _without_background(image, mask), mask
 
 
+def alpha_blur(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
+    """Mark the mask in alpha, and blur what is outside; see `blur`."""
+    return blur(image, mask, box)[0], mask
+
+
+def alpha_gray(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
+    """Mark the mask in alpha, and take the colour out of what is outside; see `gray`."""
+    return gray(image, mask, box)[0], mask
+
+
 def _without_background(image: Image.Image, mask: Mask) -> Image.Image:
     pixels = np.array(image.convert("RGB"))
     pixels[~mask] = [round(255 * c) for c in OPENAI_MEAN]
@@ -198,6 +208,8 @@ FOCUS: dict[str, Focus] = {
     "crop": Focus(crop),
     "masked crop": Focus(masked_crop),
     "masked background": Focus(masked_background),
+    "alpha blur": Focus(alpha_blur),
+    "alpha gray": Focus(alpha_gray),
     "red circle": Focus(red_circle),
     "red box": Focus(red_box),
     "red contour": Focus(red_contour),

@@ -17,6 +17,7 @@ from alpha_clip.evaluation.columns import Columns
 from alpha_clip.model import AlphaClip
 
 _DROPPED = ("dropped/reason", "dropped/detail")
+_COLUMN = "column/"  # so that none has the name of an argument of savez
 
 
 class ListedDrops(Drops):
@@ -54,6 +55,7 @@ class Journal:
     def write(self, part: str, columns: Columns, dropped: list[tuple[str, str]]) -> None:
         """Keep a part."""
         listed = {name: np.array([d[i] for d in dropped], str) for i, name in enumerate(_DROPPED)}
+        columns = {f"{_COLUMN}{name}": column for name, column in columns.items()}
         file = self._file(part)
         half = file.with_suffix(f".{os.getpid()}.tmp")
         with half.open("wb") as stream:
@@ -70,11 +72,12 @@ class Journal:
         try:
             # Opened here: NumPy leaves a damaged file open.
             with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-                columns = {name: stored[name] for name in stored.files}
-            reasons, details = (columns.pop(name).tolist() for name in _DROPPED)
+                found = {name: stored[name] for name in stored.files}
+            reasons, details = (found.pop(name).tolist() for name in _DROPPED)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             file.unlink(missing_ok=True)
             raise ValueError(f"{file} is damaged and was removed; run again ({error})") from error
+        columns = {name.removeprefix(_COLUMN): column for name, column in found.items()}
         return columns, list(zip(reasons, details, strict=True))
 
     def _file(self, part: str) -> Path:

@@ -44,7 +44,7 @@ def write_results(
     file.parent.mkdir(parents=True, exist_ok=True)
     record = {
         **about,
-        "benchmark": type(benchmark).__name__,
+        "benchmark": f"{type(benchmark).__name__} {benchmark.variant()}".rstrip(),
         "settings": benchmark.settings,
         "scores": scores,
         "intervals": intervals,

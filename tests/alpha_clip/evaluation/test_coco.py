@@ -207,23 +207,13 @@ def test_a_picture_outside_the_folder_is_not_read(coco: dict[str, Any], tmp_path
 
 
 @pytest.mark.slow
-def test_a_random_model_is_at_chance_on_photographs(
-    photos: Path, tmp_path: Path, model: AlphaClip
-) -> None:
+def test_a_random_model_is_at_chance_on_photographs(photographs: Any, model: AlphaClip) -> None:
     """805 objects of 80 categories: of the answers that a random model gives, no more are right."""
-    import tarfile
-
-    record = json.loads((photos / "instances.json").read_text())
-    for tar in sorted((photos / "grit").glob("*.tar")):
-        with tarfile.open(tar) as stream:
-            for member in stream:
-                if member.name.endswith(".jpg"):
-                    data = stream.extractfile(member)
-                    assert data is not None
-                    name = f"{int(member.name[:-4]):012d}.jpg"
-                    (tmp_path / name).write_bytes(data.read())
+    record = json.loads(photographs.instances.read_text())
     benchmark = CocoClassification(
-        write(record, tmp_path), str(tmp_path), focus=["alpha", "no alpha", "masked crop"]
+        str(photographs.instances),
+        str(photographs.folder),
+        focus=["alpha", "no alpha", "masked crop"],
     )
     benchmark.prepare(model)
     drops = Drops()

@@ -35,7 +35,7 @@ def mask() -> np.ndarray:
 
 def test_all_ways_are_there() -> None:
     ways = ["no alpha", "alpha", "box alpha", "crop", "masked crop", "masked background"]
-    ways += ["red circle", "red box", "red contour", "blur", "gray"]
+    ways += ["alpha blur", "alpha gray", "red circle", "red box", "red contour", "blur", "gray"]
     assert list(FOCUS) == [*ways, *CLASS_TOKEN]
 
 
@@ -94,7 +94,8 @@ def test_any_image_mode_and_a_box_at_the_edge(name: str, mode: str) -> None:
     shown, region = FOCUS[name].show(image, whole, edge)
     expected = (W, 3) if "crop" in name else (W, H)
     assert shown.size == expected
-    marks = ("alpha", "box alpha", "masked background", *CLASS_TOKEN)
+    marks = [way for way in FOCUS if "alpha" in way and way != "no alpha"]
+    marks += ["masked background", *CLASS_TOKEN]
     assert (region is not None) == (name in marks)
 
 
@@ -127,6 +128,16 @@ def test_gray_keeps_the_objects_colour(pixels: np.ndarray, mask: np.ndarray) -> 
     np.testing.assert_array_equal(seen[mask], pixels[mask])
     luma = pixels[~mask] @ np.array([0.299, 0.587, 0.114])
     np.testing.assert_allclose(seen[~mask], luma[:, None].repeat(3, 1), atol=1)
+
+
+@pytest.mark.parametrize("name", ["blur", "gray"])
+def test_alpha_may_mark_what_is_kept_besides(
+    name: str, pixels: np.ndarray, mask: np.ndarray
+) -> None:
+    plain, _ = FOCUS[name].show(Image.fromarray(pixels), mask, BOX)
+    shown, region = FOCUS[f"alpha {name}"].show(Image.fromarray(pixels), mask, BOX)
+    assert region is mask
+    np.testing.assert_array_equal(np.asarray(shown), np.asarray(plain))
 
 
 def test_masked_background_marks_the_object_as_well(pixels: np.ndarray, mask: np.ndarray) -> None:
