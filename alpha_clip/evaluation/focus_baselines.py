@@ -7,7 +7,7 @@ looks. All but the alphas point a plain CLIP.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -27,7 +27,8 @@ from alpha_clip.transforms import OPENAI_MEAN
 log = logging.getLogger(__name__)
 
 Mask: TypeAlias = NDArray[np.bool_]
-Show: TypeAlias = Callable[[Image.Image, Mask, Box], tuple[Image.Image, Region]]
+Show: TypeAlias = Callable[..., tuple[Image.Image, Region]]
+Background: TypeAlias = Callable[[Image.Image], Image.Image]
 Encode: TypeAlias = Callable[[AlphaClip, Tensor], Tensor]
 
 # ReCLIP, FGVP ("blur reverse mask") and Alpha-CLIP's REC all blur COCO's 640 px pictures with a
@@ -58,7 +59,7 @@ def crop(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]
 
 def masked_crop(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
     """Cut the box out and paint what is outside the mask in CLIP's mean colour."""
-    return crop(_without_background(image, mask), mask, box)
+    return crop(_before(mean_colour(image), image, mask), mask, box)
 
 
 def red_circle(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
@@ -75,20 +76,34 @@ def red_box(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Regi
     return drawn, None
 
 
-def blur(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
-    """Blur what is outside the mask, by 0.16 of the image's longer side (standard deviation)."""
-    sharp = image.convert("RGB")
-    blurred = sharp.filter(ImageFilter.GaussianBlur(_BLUR * max(image.size)))
-    blurred.paste(sharp, mask=Image.fromarray(mask))
-    return blurred, None
+def blurred(image: Image.Image) -> Image.Image:
+    """Return an image blurred by 0.16 of its longer side (standard deviation)."""
+    return image.convert("RGB").filter(ImageFilter.GaussianBlur(_BLUR * max(image.size)))
 
 
-def gray(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
+def colourless(image: Image.Image) -> Image.Image:
+    """Return an image in shades of gray, RGB."""
+    return image.convert("RGB").convert("L").convert("RGB")
+
+
+def mean_colour(image: Image.Image) -> Image.Image:
+    """Return an image of CLIP's mean colour."""
+    red, green, blue = (round(255 * c) for c in OPENAI_MEAN)
+    return Image.new("RGB", image.size, (red, green, blue))
+
+
+def blur(
+    image: Image.Image, mask: Mask, box: Box, background: Image.Image | None = None
+) -> tuple[Image.Image, Region]:
+    """Blur what is outside the mask; see `blurred`."""
+    return _before(background or blurred(image), image, mask), None
+
+
+def gray(
+    image: Image.Image, mask: Mask, box: Box, background: Image.Image | None = None
+) -> tuple[Image.Image, Region]:
     """Take the colour out of what is outside the mask (FGVP, arXiv 2306.04356)."""
-    colour = image.convert("RGB")
-    drawn = colour.convert("L").convert("RGB")
-    drawn.paste(colour, mask=Image.fromarray(mask))
-    return drawn, None
+    return _before(background or colourless(image), image, mask), None
 
 
 def red_contour(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
@@ -100,25 +115,32 @@ def red_contour(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, 
     return drawn, None
 
 
-def masked_background(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
+def masked_background(
+    image: Image.Image, mask: Mask, box: Box, background: Image.Image | None = None
+) -> tuple[Image.Image, Region]:
     """Mark the mask in alpha, and paint what is outside in CLIP's mean colour."""
-    return _without_background(image, mask), mask
+    return _before(background or mean_colour(image), image, mask), mask
 
 
-def alpha_blur(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
-    """Mark the mask in alpha, and blur what is outside; see `blur`."""
-    return blur(image, mask, box)[0], mask
+def alpha_blur(
+    image: Image.Image, mask: Mask, box: Box, background: Image.Image | None = None
+) -> tuple[Image.Image, Region]:
+    """Mark the mask in alpha, and blur what is outside; see `blurred`."""
+    return blur(image, mask, box, background)[0], mask
 
 
-def alpha_gray(image: Image.Image, mask: Mask, box: Box) -> tuple[Image.Image, Region]:
-    """Mark the mask in alpha, and take the colour out of what is outside; see `gray`."""
-    return gray(image, mask, box)[0], mask
+def alpha_gray(
+    image: Image.Image, mask: Mask, box: Box, background: Image.Image | None = None
+) -> tuple[Image.Image, Region]:
+    """Mark the mask in alpha, and take the colour out of what is outside."""
+    return gray(image, mask, box, background)[0], mask
 
 
-def _without_background(image: Image.Image, mask: Mask) -> Image.Image:
-    pixels = np.array(image.convert("RGB"))
-    pixels[~mask] = [round(255 * c) for c in OPENAI_MEAN]
-    return Image.fromarray(pixels)
+def _before(background: Image.Image, image: Image.Image, mask: Mask) -> Image.Image:
+    """Put what is inside a mask before a background."""
+    drawn = background.copy()
+    drawn.paste(image.convert("RGB"), mask=Image.fromarray(mask))
+    return drawn
 
 
 def _around(image: Image.Image, box: Box) -> tuple[Image.Image, tuple[int, int, int, int], int]:
@@ -193,10 +215,21 @@ class Focus:
         show: Takes an image, a mask and a box; returns what the transform is given: an image, and
             the region that alpha marks (`None`: the whole of it).
         encode: Takes the model and what the transform makes of that; returns features of length 1.
+        background: Makes what `show` puts behind, its fourth argument: once for all regions of an
+            image.
     """
 
     show: Show
     encode: Encode = encode_alpha
+    background: Background | None = None
+
+    def show_all(
+        self, image: Image.Image, masks: Sequence[Mask], boxes: Sequence[Box]
+    ) -> list[tuple[Image.Image, Region]]:
+        """Show each region of an image."""
+        more = () if self.background is None else (self.background(image),)
+        pairs = zip(masks, boxes, strict=True)
+        return [self.show(image, mask, box, *more) for mask, box in pairs]
 
 
 # They need a tower with a class token.
@@ -207,14 +240,14 @@ FOCUS: dict[str, Focus] = {
     "box alpha": Focus(alpha_box),
     "crop": Focus(crop),
     "masked crop": Focus(masked_crop),
-    "masked background": Focus(masked_background),
-    "alpha blur": Focus(alpha_blur),
-    "alpha gray": Focus(alpha_gray),
+    "masked background": Focus(masked_background, background=mean_colour),
+    "alpha blur": Focus(alpha_blur, background=blurred),
+    "alpha gray": Focus(alpha_gray, background=colourless),
     "red circle": Focus(red_circle),
     "red box": Focus(red_box),
     "red contour": Focus(red_contour),
-    "blur": Focus(blur),
-    "gray": Focus(gray),
+    "blur": Focus(blur, background=blurred),
+    "gray": Focus(gray, background=colourless),
     ATTENTION_MASK: Focus(alpha_mask, encode_masked),
     MASK_POOLED: Focus(alpha_mask, encode_mask_pooled),
     ROI_ALIGNED: Focus(alpha_box, encode_roi_aligned),

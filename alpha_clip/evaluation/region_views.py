@@ -57,10 +57,8 @@ class RegionViews:
         views: list[Tensor] = []
         view: list[int] = []
         for picture, masks in zip(self.pictures, self._masks, strict=True):
-            shown = [
-                focus.show(picture.image, mask, region.box)
-                for region, mask in zip(picture.regions, masks, strict=True)
-            ]
+            boxes = [region.box for region in picture.regions]
+            shown = focus.show_all(picture.image, masks, boxes)
             if not shown:
                 continue
             marks = [marked for _, marked in shown]
