@@ -62,13 +62,9 @@ class ImageNetS(Classification):
         max_images: int | None = None,
         controls: bool = False,
     ) -> None:
-        from open_clip import OPENAI_IMAGENET_TEMPLATES
-
         read = PublishedRegions if annotations else SegmentationRegions
         source = read(images, annotations, names, max_images)
-        prompts = ["a photo of a {}."]
-        if templates == "80":
-            prompts = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
+        prompts = imagenet_prompts(templates)
         super().__init__(source, prompts, focus, geometry, batch_size=batch_size, controls=controls)
 
 
@@ -135,6 +131,15 @@ class SegmentationRegions(FolderRegions):
         if not mask.any():
             raise SampleError("bad_area", f"{entry} has no pixel of its class, {label + 1}")
         yield label, mask, None
+
+
+def imagenet_prompts(templates: Literal["one", "80"]) -> list[str]:
+    """Return `a photo of a {}.`, or the 80 prompts of CLIP's authors."""
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+    if templates == "one":
+        return ["a photo of a {}."]
+    return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
 
 
 def class_names(synsets: list[str], kind: str) -> list[str]:
