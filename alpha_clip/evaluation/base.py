@@ -33,9 +33,12 @@ class Benchmark(ABC):
 
     Attributes:
         settings: What the constructor was given, by name.
+        unscored: Names of settings that only say what becomes of the columns: when they change,
+            what is scored stays.
     """
 
     settings: dict[str, Any]
+    unscored: frozenset[str] = frozenset()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Note what the constructor is given: a record of the run, and what tells runs apart."""

@@ -7,11 +7,12 @@ the natural background or a masked one; a detector's protocol shows the whole im
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from alpha_clip.evaluation.annotations import FolderRegions, box_of, inside, read_json
+from alpha_clip.evaluation.annotations import FolderRegions, box_of, read_json
 from alpha_clip.evaluation.classification import Classification
+from alpha_clip.evaluation.proposals import image_file, image_size
 from alpha_clip.geometry import Geometry
 from alpha_clip.regions import Box, Region, SampleError
 
@@ -87,16 +88,8 @@ class CocoRegions(FolderRegions):
         super().__init__(chosen[:max_images], names)
 
     def file_of(self, entry: Any) -> tuple[Path, tuple[int, int] | None]:
-        """Return the picture's file: the first that exists of the names it may have."""
-        picture, _ = entry
-        url = PurePosixPath(str(picture.get("coco_url", "")))
-        names = [str(picture.get("file_name", "")), "/".join(url.parts[-2:]), url.name]
-        files = [inside(self._folder, name) for name in names if name]
-        if not files:
-            raise SampleError("missing_image", f"image {picture['id']} has no file_name")
-        size = picture.get("width"), picture.get("height")
-        whole = all(isinstance(side, int) for side in size)
-        return next((f for f in files if f.is_file()), files[0]), size if whole else None
+        """Return the picture's file and size."""
+        return image_file(self._folder, entry[0]), image_size(entry[0])
 
     def regions_of(self, entry: Any) -> Iterator[tuple[int, Region, Box | None]]:
         """Yield the objects of a picture; a mask is polygons or RLE, else the box."""

@@ -87,7 +87,8 @@ class Journal:
 def fingerprint(benchmark: Benchmark, models: list[AlphaClip]) -> str:
     """Return eight characters that tell runs apart: of the benchmark's settings and the weights."""
     kind, names = type(benchmark).__name__, benchmark.classes()
-    about = [kind, benchmark.settings, names, benchmark.parts(), *(model.name for model in models)]
+    settings = {k: v for k, v in benchmark.settings.items() if k not in benchmark.unscored}
+    about = [kind, settings, names, benchmark.parts(), *(model.name for model in models)]
     digest = hashlib.sha256(json.dumps(about, default=str, sort_keys=True).encode())
     tensors = [item for model in models for item in sorted(model.state_dict().items())]
     for name, tensor in tensors:

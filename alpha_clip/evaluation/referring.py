@@ -23,6 +23,7 @@ from alpha_clip.evaluation.candidates import Candidates, Objects
 from alpha_clip.evaluation.columns import PICTURE, Columns
 from alpha_clip.evaluation.expressions import ReferredPicture, read_expressions
 from alpha_clip.evaluation.focus_baselines import FOCUS
+from alpha_clip.evaluation.inputs import encode_texts
 from alpha_clip.evaluation.labelled import LabelledPicture
 from alpha_clip.evaluation.outcomes import Outcome
 from alpha_clip.evaluation.referring_answers import RIGHT, answer, draw_answers
@@ -181,10 +182,11 @@ class ReferringExpressions(Benchmark):
         of_entities = (e.texts() if e else () for told in said for _, e in told)
         of_expressions = (e.text for told in said for e, _ in told)
         texts = list(dict.fromkeys([*of_expressions, *chain.from_iterable(of_entities)]))
+        prompts = [self.template.replace("{}", text) for text in texts]
         logits = region_text_logits(
             self._models,
             [shown for _, _, shown in batch],
-            [self.template.replace("{}", text) for text in texts],
+            [encode_texts(model, prompts) for model in self._models],
             self.focus,
             self.geometry,
             self.batch_size,
@@ -197,7 +199,8 @@ class ReferringExpressions(Benchmark):
                 way: dict(zip(texts, values[start:stop].T, strict=True))
                 for way, values in logits.items()
             }
-            boxes = np.array([[r.box.x1, r.box.y1, r.box.x2, r.box.y2] for r in shown.regions])
+            corners = [[r.box.x1, r.box.y1, r.box.x2, r.box.y2] for r in shown.regions]
+            boxes = np.array(corners, np.float64)
             rows = [answer(expression, entity, own, boxes) for expression, entity in told]
             yield [{"file": file, **row} for row in rows]
             start = stop

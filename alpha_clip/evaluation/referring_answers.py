@@ -46,7 +46,7 @@ def answer(
     Returns:
         A row: `right/WAY` in 0..1 and what was chosen and meant.
     """
-    meant = np.array([[b.x1, b.y1, b.x2, b.y2] for b in expression.boxes])
+    meant = np.array([[b.x1, b.y1, b.x2, b.y2] for b in expression.boxes], np.float64)
     iou = box_iou(torch.from_numpy(boxes_xyxy_px), torch.from_numpy(meant)).numpy()
     enough = (iou >= _ENOUGH).any(1)
     row: dict[str, Any] = {}

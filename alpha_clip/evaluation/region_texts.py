@@ -7,10 +7,11 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
 from alpha_clip.evaluation.focus_baselines import FOCUS
-from alpha_clip.evaluation.inputs import encode_texts
 from alpha_clip.evaluation.labelled import LabelledPicture
 from alpha_clip.evaluation.region_views import RegionViews
 from alpha_clip.geometry import SharedGeometry
@@ -24,7 +25,7 @@ Logits: TypeAlias = dict[str, NDArray[np.float64]]
 def region_text_logits(
     models: Sequence[AlphaClip],
     pictures: list[LabelledPicture],
-    prompts: list[str],
+    texts: Sequence[Float[Tensor, "texts dim"]],
     focus: Sequence[str],
     geometry: SharedGeometry,
     batch_size: int,
@@ -34,20 +35,19 @@ def region_text_logits(
     Args:
         models: Their logits are added.
         pictures: With at least one region in all.
-        prompts: The texts.
+        texts: Features of the texts of each model, of length 1.
         focus: Ways of pointing, of `focus_baselines.FOCUS`.
         geometry: How images become squares.
         batch_size: Images that go through the tower at a time.
     """
     found: Logits = {}
-    for model in models:
+    for model, target in zip(models, texts, strict=True):
         device = model.logit_scale.device
-        texts = encode_texts(model, prompts).double()
         scale = model.logit_scale.double().exp()
         views = RegionViews(pictures, model.transform.replace(geometry=geometry))
         for name, rgba, view in views.all(list(focus), controls=False):
             parts = [FOCUS[name].encode(model, p.to(device)) for p in rgba.split(batch_size)]
-            logits = scale * torch.cat(parts).double()[view.to(device)] @ texts.T
+            logits = scale * torch.cat(parts).double()[view.to(device)] @ target.double().T
             found[name] = found.get(name, 0) + logits.cpu().numpy()
     return found
 

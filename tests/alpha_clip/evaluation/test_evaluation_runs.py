@@ -104,6 +104,18 @@ def test_other_settings_or_weights_are_another_run(
     runs = [fingerprint(Numbers("x"), models) for models in ([one], [one, other], [one, one])]
     assert len(set(runs)) == 3
     assert fingerprint(Numbers("x"), [tiny("cpu")]) == runs[0]
+    assert fingerprint(Numbers("y"), [one]) != runs[0]
+
+
+class Anywhere(Numbers):
+    """Is the same wherever its log lies."""
+
+    unscored = frozenset({"log"})
+
+
+def test_settings_that_come_later_do_not_score_anew(tiny: Any) -> None:
+    one, other, third = (fingerprint(Anywhere(*a), [tiny("cpu")]) for a in ("x", "y", ("x", "c")))
+    assert one == other != third
 
 
 @pytest.mark.slow
