@@ -35,10 +35,13 @@ class Benchmark(ABC):
         settings: What the constructor was given, by name.
         unscored: Names of settings that only say what becomes of the columns: when they change,
             what is scored stays.
+        folder: Where the run keeps what is done, of these weights and settings alone; `None` keeps
+            nothing. `prepare` may keep there what is dear, such as the features of classes.
     """
 
     settings: dict[str, Any]
     unscored: frozenset[str] = frozenset()
+    folder: Path | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Note what the constructor is given: a record of the run, and what tells runs apart."""

@@ -81,7 +81,7 @@ class Classification(Benchmark):
     def prepare(self, model: AlphaClip) -> None:
         """Compute the features of the classes."""
         self._ways = self.focus or ways_for(model)
-        self._text = encode_classes(model, self.source.names, self.templates)
+        self._text = encode_classes(model, self.source.names, self.templates, self.folder)
 
     def score(self, model: AlphaClip, part: str, drops: Drops, seen: Seen) -> Columns:
         """Return, for each region, its class and what was answered in each way; see `Benchmark`."""

@@ -107,7 +107,8 @@ class PseudoLabels(Benchmark):
 
     def prepare(self, model: AlphaClip) -> None:
         """Compute the features of the names."""
-        self._text = encode_classes(model, [*self.classes(), *self.others], [self.template])
+        names = [*self.classes(), *self.others]
+        self._text = encode_classes(model, names, [self.template], self.folder)
 
     def score(self, model: AlphaClip, part: str, drops: Drops, seen: Seen) -> Columns:
         """Return the labels of each region, with their scores; see `Benchmark`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from copy import copy
 from pathlib import Path
 from typing import TypeAlias
 
@@ -46,11 +47,15 @@ def run_benchmark(
     model = make_model(devices[0])
     journal = Journal(folder / fingerprint(benchmark, benchmark.models(model)))
     todo = [part for part in benchmark.parts() if not journal.has(part)]
+    benchmark.folder = journal.folder
+    sent = copy(benchmark)  # without what is prepared for this device
+    if todo:
+        benchmark.prepare(model)  # before the others begin: they find what it keeps
     context = mp.get_context("spawn")
     others = [
         context.Process(
             target=_process,
-            args=(benchmark, make_model, device, journal.folder, todo[i :: len(devices)]),
+            args=(sent, make_model, device, journal.folder, todo[i :: len(devices)]),
             kwargs={"max_dropped": max_dropped},
         )
         for i, device in enumerate(devices)
@@ -94,7 +99,9 @@ def _process(
     max_dropped: float,
 ) -> None:
     with torch.inference_mode():
-        _work(benchmark, make_model(device), Journal(folder), parts, max_dropped, show=False)
+        model = make_model(device)
+        benchmark.prepare(model)
+        _work(benchmark, model, Journal(folder), parts, max_dropped, show=False)
 
 
 def _work(
@@ -105,10 +112,8 @@ def _work(
     max_dropped: float,
     show: bool,
 ) -> None:
-    """Score some parts."""
+    """Score some parts; the benchmark is prepared."""
     sizes = benchmark.parts()
-    if parts:
-        benchmark.prepare(model)
     dropped: list[tuple[str, str]] = []
     total = sum(sizes[part] for part in parts)
     with tqdm(total=total, desc="evaluate", unit="picture", disable=not show) as bar:

@@ -228,3 +228,32 @@ def test_a_benchmark_may_write_more_than_figures(tmp_path: Path) -> None:
     columns = {PICTURE: np.arange(3), "value": np.array([0, 1, 2])}
     write_results(benchmark, columns, [], tmp_path / "scores.json")
     assert (tmp_path / "scores.values.txt").read_text() == "3"
+
+
+class Prepares(Numbers):
+    """Keeps what it prepares in the folder of the run."""
+
+    def prepare(self, model: AlphaClip) -> None:
+        assert self.folder is not None
+        with (self.folder / "prepared").open("a") as stream:
+            stream.write(f"{os.getpid()}\n")
+
+
+def test_what_is_prepared_has_a_place_and_is_not_prepared_for_nothing(
+    tmp_path: Path, tiny: Any
+) -> None:
+    benchmark = Prepares(str(tmp_path / "log"))
+    for _ in range(2):
+        run_benchmark(benchmark, tiny, tmp_path / "parts", ["cpu"])
+    (file,) = (tmp_path / "parts").glob("*/prepared")
+    assert len(file.read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_each_process_is_prepared_after_the_first(tmp_path: Path, tiny: Any) -> None:
+    benchmark = Prepares(str(tmp_path / "log"))
+    run_benchmark(benchmark, tiny, tmp_path / "parts", ["cpu", "cpu"])
+    (file,) = (tmp_path / "parts").glob("*/prepared")
+    processes = file.read_text().split()
+    assert processes[0] == str(os.getpid())
+    assert len(set(processes)) == len(processes) == 2
