@@ -18,14 +18,21 @@ import torch
 from torch import Tensor
 
 from alpha_clip.drops import Drops
-from alpha_clip.evaluation.annotations import inside, named, open_picture, read_json
+from alpha_clip.evaluation.annotations import (
+    inside,
+    labelled,
+    named,
+    open_picture,
+    read_json,
+)
 from alpha_clip.evaluation.base import Benchmark, Scores, Seen
 from alpha_clip.evaluation.columns import PICTURE, Columns
+from alpha_clip.evaluation.focus_baselines import FOCUS
 from alpha_clip.evaluation.inputs import encode_texts
 from alpha_clip.evaluation.outcomes import Outcome
 from alpha_clip.geometry import SharedGeometry
 from alpha_clip.model import AlphaClip
-from alpha_clip.regions import Box, Region, SampleError
+from alpha_clip.regions import Box, Region, SampleError, decode_rle
 
 _FOLDERS = ("MLLM_VLM Images", "MMVP_VLM_Images")
 _EXPECTED = (
@@ -47,23 +54,28 @@ class BlindPairs(Benchmark):
 
     Args:
         directory: MMVP-VLM's folder, or another of its format.
-        regions: JSON file with regions to mark in alpha, by question: boxes `[x1, y1, x2, y2]` in
-            pixels or COCO RLEs. A picture without one is shown as a whole.
+        regions: JSON file with regions to point at, by question: boxes `[x1, y1, x2, y2]` in pixels
+            or COCO RLEs. A picture without one is shown as a whole.
+        focus: How to point at them, of `focus_baselines.FOCUS`.
         template: The prompt; `{}` stands for the statement.
         geometry: How images become squares.
 
     Raises:
-        ValueError: If the folder or the file is of another format.
+        ValueError: If the folder or the file is of another format, or the way of pointing unknown.
     """
 
     def __init__(
         self,
         directory: str,
         regions: str | None = None,
+        focus: str = "alpha",
         template: str = "a photo of {}",
         geometry: SharedGeometry = "center_crop",
     ) -> None:
+        if focus not in FOCUS:
+            raise ValueError(f"unknown focus {focus!r}; expected one of {list(FOCUS)}")
         root = Path(directory)
+        self.focus = focus
         self._images = next((root / f for f in _FOLDERS if (root / f).is_dir()), root / _FOLDERS[0])
         self._patterns, self._pairs = _read_pairs(root / "Questions.csv")
         self._regions = _read_regions(regions) if regions else {}
@@ -91,7 +103,7 @@ class BlindPairs(Benchmark):
             except SampleError as error:
                 drops.add(error.reason, error.detail)
                 continue
-            images = model.encode_image(torch.stack(shown).to(device), normalize=True)
+            images = FOCUS[self.focus].encode(model, torch.stack(shown).to(device))
             prompts = [self.template.replace("{}", statement) for statement in pair.statements]
             similarity = (encode_texts(model, prompts) @ images.T).float()
             found.append((*_finds(similarity), *_finds(similarity.T)))
@@ -111,10 +123,15 @@ class BlindPairs(Benchmark):
     def _view(self, pair: _Pair, question: int, transform: Any) -> Tensor:
         file = inside(self._images, f"{self._patterns[pair.pattern]}/{question}.jpg")
         image = open_picture(file, None)
+        view: Tensor
+        if (region := self._region_of(question)) is None:
+            view = transform(image)
+            return view
         try:
-            view: Tensor = transform(image, self._region_of(question))
+            pointed = labelled(0, region, region if isinstance(region, Box) else None, image)
         except (TypeError, ValueError) as error:
             raise SampleError("bad_rle", f"{file}: {error}") from error
+        view = transform(*FOCUS[self.focus].show(image, decode_rle(pointed.rle), pointed.box))
         return view
 
     def outcomes(self, columns: Columns) -> dict[str, Outcome]:

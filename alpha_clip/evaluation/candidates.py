@@ -26,6 +26,9 @@ _EXPECTED = (
 class BoxSegmenter(Protocol):
     """Makes a mask for each box; `data_pipeline.segmenters` has some."""
 
+    def place(self, worker: int) -> None:
+        """Be told, before `load`, the number of the GPU to take, if there are several."""
+
     def load(self) -> None:
         """Load weights; called once in each process."""
 
@@ -38,6 +41,9 @@ class BoxSegmenter(Protocol):
 
 class EverythingSegmenter(Protocol):
     """Makes masks for all that there is in a picture."""
+
+    def place(self, worker: int) -> None:
+        """Be told, before `load`, the number of the GPU to take, if there are several."""
 
     def load(self) -> None:
         """Load weights; called once in each process."""
@@ -52,8 +58,11 @@ class EverythingSegmenter(Protocol):
 class Candidates(ABC):
     """Where candidates come from; subclasses are dataclasses, which tell their settings."""
 
-    def load(self) -> None:  # noqa: B027 - not all have weights
+    def load(self, worker: int = 0) -> None:  # noqa: B027 - not all have weights
         """Load weights; called once in each process.
+
+        Args:
+            worker: Number of the process's GPU.
 
         Raises:
             ValueError: If they are missing or damaged.
@@ -92,9 +101,10 @@ class Boxes(Candidates):
     cache: str | None = None
     _cache: MaskCache | None = field(default=None, init=False, repr=False, compare=False)
 
-    def load(self) -> None:
+    def load(self, worker: int = 0) -> None:
         """Load the segmenter; see `Candidates.load`."""
         if self.segmenter is not None:
+            self.segmenter.place(worker)
             self.segmenter.load()
             self._cache = MaskCache(self.cache, _about(self.segmenter))
 
@@ -199,8 +209,9 @@ class Everything(Candidates):
     cache: str | None = None
     _cache: MaskCache | None = field(default=None, init=False, repr=False, compare=False)
 
-    def load(self) -> None:
+    def load(self, worker: int = 0) -> None:
         """Load the segmenter; see `Candidates.load`."""
+        self.segmenter.place(worker)
         self.segmenter.load()
         self._cache = MaskCache(self.cache, _about(self.segmenter))
 

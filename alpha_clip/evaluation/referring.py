@@ -141,7 +141,7 @@ class ReferringExpressions(Benchmark):
         """Load what makes masks, what parses, and the other models."""
         self._models = self.models(model)
         self._parse = _parser(self.relations)
-        self.candidates.load()
+        self.candidates.load(model.logit_scale.device.index or 0)
 
     def score(self, model: AlphaClip, part: str, drops: Drops, seen: Seen) -> Columns:
         """Return, for each expression, whether each way of choosing is right; see `Benchmark`."""

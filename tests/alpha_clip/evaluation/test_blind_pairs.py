@@ -72,6 +72,27 @@ def test_scores_equal_the_published_way(
         assert scores[name] == pytest.approx(value), name
 
 
+@torch.no_grad()
+def test_a_plain_clip_is_pointed_at_regions_as_well(
+    model: AlphaClip, folder: Path, tmp_path: Path
+) -> None:
+    regions = {str(number): [5, 5, 60, 50] for number, _, _ in ROWS}
+    file = tmp_path / "regions.json"
+    file.write_text(json.dumps(regions))
+    shown = score_all(BlindPairs(str(folder), str(file), "crop"), model)
+    for image in (folder / "MLLM_VLM Images").rglob("*.jpg"):
+        Image.open(image).crop((5, 5, 60, 50)).save(image, quality=100, subsampling=0)
+    assert shown == score_all(BlindPairs(str(folder)), model)
+    assert score_all(BlindPairs(str(folder), str(file), "attention mask"), model)
+    with pytest.raises(ValueError, match=r"unknown focus 'corp'; expected one of \['no alpha'"):
+        BlindPairs(str(folder), str(file), "corp")
+
+
+def score_all(benchmark: BlindPairs, model: AlphaClip) -> list[list[float]]:
+    scored = [benchmark.score(model, part, Drops(), lambda _: None) for part in benchmark.parts()]
+    return [row for columns in scored for row in columns["text to image"].tolist()]
+
+
 def test_both_of_a_pair_must_be_right(model: AlphaClip, folder: Path) -> None:
     benchmark = BlindPairs(str(folder))
     assert list(benchmark.parts().values()) == [4, 2]

@@ -30,6 +30,9 @@ class Halves:
     share: float = 0.5
     calls: list[int] = field(default_factory=list, repr=False)
 
+    def place(self, worker: int) -> None:
+        self.worker = worker
+
     def load(self) -> None:
         self.calls.append(0)
 
@@ -135,7 +138,8 @@ def test_other_formats_are_refused(tmp_path: Path, record: object) -> None:
 
 def test_everything_that_a_segmenter_finds(tmp_path: Path) -> None:
     found = Everything(Halves(), str(tmp_path))
-    found.load()
+    found.load(3)
+    assert found.segmenter.worker == 3  # type: ignore[attr-defined]
     assert boxes(found) == [(0, 0, 80, 60), (0, 0, 4, 5)]
     assert boxes(found) == boxes(found)  # from disk
 
