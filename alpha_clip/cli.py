@@ -180,6 +180,9 @@ def export(
     name: str | None = None,
     pretrained: str | None = None,
     overwrite: bool = False,
+    training_data: str | None = None,
+    licence: str | None = None,
+    metrics: tuple[str, ...] = (),
 ) -> None:
     """Write a model as a drop-in backbone, load it again and compare.
 
@@ -190,15 +193,24 @@ def export(
         name: Architecture, where the checkpoint does not say it.
         pretrained: The CLIP that published weights belong to: a tag or a file.
         overwrite: Whether to replace a folder that is there.
+        training_data: For the model card: what alpha was trained on.
+        licence: For the model card: the licence of the weights, such as apache-2.0.
+        metrics: For the model card: files that `alpha-clip eval` wrote.
     """
     from importlib import import_module
     from pkgutil import iter_modules
 
     import alpha_clip.export as targets
+    from alpha_clip.export.base import warn_if_untrained
+    from alpha_clip.export.model_card import Card
 
-    known = sorted(m.name for m in iter_modules(targets.__path__) if m.name != "base")
+    names = {module.name for module in iter_modules(targets.__path__)}
+    known = sorted(names - {"base", "model_card"})
     if format not in known:
         raise ValueError(f"unknown format {format!r}; expected one of {', '.join(known)}")
     model, _, _ = create_model(name, pretrained, checkpoint)
-    report = import_module(f"alpha_clip.export.{format}").export(model, output, overwrite)
+    warn_if_untrained(model)
+    card = Card(training_data, licence, metrics)
+    target = import_module(f"alpha_clip.export.{format}")
+    report = target.export(model, output, overwrite, card=card)
     sys.stdout.write(f"{report.directory}: largest difference {report.max_difference:.1e}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from alpha_clip.model import AlphaClip
+from alpha_clip.surgery import AlphaConv2d
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,26 @@ class ExportReport:
 
     directory: str
     max_difference: float
+
+
+def check_difference(difference: float, tolerance: float) -> None:
+    """Refuse an export that computes something else.
+
+    Raises:
+        ValueError: If the difference is above the tolerance, or no number.
+    """
+    if not difference <= tolerance:
+        raise ValueError(
+            f"the export's features differ by {difference:.1e}, more than {tolerance:.0e}; it was "
+            "not kept"
+        )
+
+
+def warn_if_untrained(model: AlphaClip) -> None:
+    """Say in the log if alpha does nothing yet."""
+    stems = [m for m in model.visual.modules() if isinstance(m, AlphaConv2d)]
+    if not any(bool(stem.weight_alpha.any()) for stem in stems):
+        log.warning("alpha's kernel is zero: the export sees the whole image whatever the region")
 
 
 def probe(model: AlphaClip) -> Float[Tensor, "4 4 size size"]:

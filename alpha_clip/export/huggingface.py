@@ -13,13 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alpha_clip.export.base import ExportReport, fresh_directory, largest_difference, probe
+from alpha_clip.export.base import (
+    ExportReport,
+    check_difference,
+    fresh_directory,
+    largest_difference,
+    probe,
+)
+from alpha_clip.export.model_card import Card
 from alpha_clip.model import AlphaClip
 from alpha_clip.surgery import AlphaConv2d
 
+_NO_NOTES = Card()
+_USAGE = """
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+tower = CLIPVisionModelWithProjection.from_pretrained(".")
+processor = CLIPImageProcessor.from_pretrained(".")
+rgba = np.dstack([np.asarray(image.convert("RGB")), 255 * mask])  # uint8 [H, W, 4]
+inputs = processor(rgba, input_data_format="channels_last", return_tensors="pt")
+features = tower(**inputs).image_embeds
+"""
+
 
 def export(
-    model: AlphaClip, directory: str | Path, overwrite: bool = False, tolerance: float = 1e-5
+    model: AlphaClip,
+    directory: str | Path,
+    overwrite: bool = False,
+    tolerance: float = 1e-5,
+    card: Card = _NO_NOTES,
 ) -> ExportReport:
     """Write a model's image tower for transformers, and compare the two.
 
@@ -28,6 +50,7 @@ def export(
         directory: Folder to write; it appears whole or not at all.
         overwrite: Whether to replace a folder that is there.
         tolerance: Largest difference between features, relative to the largest feature.
+        card: What the model card says beyond what the model tells.
 
     Returns:
         Where it lies and how much it differs.
@@ -48,11 +71,8 @@ def export(
         twin.save_pretrained(folder, safe_serialization=True)
         _write_processor(model, folder)
         difference = compare(model, folder)
-        if not difference <= tolerance:
-            raise ValueError(
-                f"the export's features differ by {difference:.1e}, more than {tolerance:.0e}; it "
-                "was not kept"
-            )
+        check_difference(difference, tolerance)
+        card.write(folder, model, _USAGE, difference)
     return ExportReport(str(directory), difference)
 
 

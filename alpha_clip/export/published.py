@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from alpha_clip.export.base import ExportReport, fresh_directory, largest_difference, probe
+from alpha_clip.export.model_card import Card
 from alpha_clip.factory import create_from_weights
 from alpha_clip.layouts import OWN_ALPHA, to_published
 from alpha_clip.model import AlphaClip
@@ -19,10 +20,20 @@ from alpha_clip.weights import read_weights_file
 
 BASE_FILE = "base.pt"
 ALPHA_FILE = "alpha_visual.pth"
+_NO_NOTES = Card()
+_USAGE = f"""
+import alpha_clip  # the paper's package, or this one
+
+model, preprocess = alpha_clip.load("{BASE_FILE}", alpha_vision_ckpt_pth="{ALPHA_FILE}")
+"""
 
 
 def export(
-    model: AlphaClip, directory: str | Path, overwrite: bool = False, tolerance: float = 1e-5
+    model: AlphaClip,
+    directory: str | Path,
+    overwrite: bool = False,
+    tolerance: float = 1e-5,
+    card: Card = _NO_NOTES,
 ) -> ExportReport:
     """Write a model in the published layout, read it back as the published code would, compare.
 
@@ -34,6 +45,7 @@ def export(
         directory: Folder to write; it appears whole or not at all.
         overwrite: Whether to replace a folder that is there.
         tolerance: Largest difference between features, relative to the largest feature.
+        card: What the model card says beyond what the model tells.
 
     Returns:
         Where it lies and how much it differs.
@@ -52,6 +64,7 @@ def export(
                 f"the published code would compute other features ({difference:.1e} of the "
                 "largest): it knows OpenAI's towers only, with QuickGELU and 64 channels a head"
             )
+        card.write(folder, model, _USAGE, difference)
     return ExportReport(str(directory), difference)
 
 

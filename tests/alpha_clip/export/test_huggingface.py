@@ -77,7 +77,7 @@ def test_the_processor_makes_what_our_transform_makes(exported: Path, model: Alp
 
 def test_the_folder_holds_no_pickle(exported: Path) -> None:
     names = {p.name for p in exported.iterdir()}
-    assert names == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert names == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
     assert json.loads((exported / "config.json").read_text())["num_channels"] == 4
     assert [p.name for p in exported.parent.iterdir()] == ["tower"]
 
