@@ -1,7 +1,7 @@
-"""Export to stock transformers: a `CLIPVisionModelWithProjection` with 4 channels.
+"""Export to stock transformers: CLIP's or SigLIP's image tower with 4 channels.
 
 Loads with plain `from_pretrained`, without any code of ours: the two kernels of the stem become one
-patch embedding over four channels, and open_clip's packed attention weights are taken apart.
+patch embedding over four channels, and packed attention weights are taken apart.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alpha_clip.export.base import (
     ExportReport,
@@ -20,20 +20,23 @@ from alpha_clip.export.base import (
     largest_difference,
     probe,
 )
+from alpha_clip.export.layouts.clip import clip_tower
+from alpha_clip.export.layouts.siglip import siglip_tower
+from alpha_clip.export.layouts.stock import StockTower
 from alpha_clip.export.model_card import Card
 from alpha_clip.model import AlphaClip
-from alpha_clip.surgery import AlphaConv2d
 
 _NO_NOTES = Card()
 _USAGE = """
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from transformers import {processor}, {model}
 
-tower = CLIPVisionModelWithProjection.from_pretrained(".")
-processor = CLIPImageProcessor.from_pretrained(".")
+tower = {model}.from_pretrained(".")
+processor = {processor}.from_pretrained(".")
 rgba = np.dstack([np.asarray(image.convert("RGB")), 255 * mask])  # uint8 [H, W, 4]
 inputs = processor(rgba, input_data_format="channels_last", return_tensors="pt")
-features = tower(**inputs).image_embeds
+features = tower(**inputs).{features}
 """
+_PROCESSOR = "CLIPImageProcessor"
 
 
 def export(
@@ -46,7 +49,7 @@ def export(
     """Write a model's image tower for transformers, and compare the two.
 
     Args:
-        model: What to export; a ViT of open_clip's own.
+        model: What to export; a ViT of open_clip's own, or SigLIP's.
         directory: Folder to write; it appears whole or not at all.
         overwrite: Whether to replace a folder that is there.
         tolerance: Largest difference between features, relative to the largest feature.
@@ -58,22 +61,53 @@ def export(
     Raises:
         ValueError: If transformers has no stock class for the tower, or the features differ.
     """
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    config = CLIPVisionConfig(**_vision_config(model))
+    tower = stock_tower(model)
     with fresh_directory(Path(directory), overwrite) as folder:
-        twin = CLIPVisionModelWithProjection(config)
-        own, state = set(twin.state_dict()), convert_state_dict(model.visual)
-        own -= {"vision_model.embeddings.position_ids"}  # a buffer that some versions save
-        if own != set(state):
-            raise ValueError(f"weights without a place in transformers: {own ^ set(state)}")
-        twin.load_state_dict({**twin.state_dict(), **state})
-        twin.save_pretrained(folder, safe_serialization=True)
-        _write_processor(model, folder)
+        save_tower(tower, folder)
+        write_processor(model, folder, channels=4)
         difference = compare(model, folder)
         check_difference(difference, tolerance)
-        card.write(folder, model, _USAGE, difference)
+        usage = _USAGE.format(
+            model=tower.model_class, processor=_PROCESSOR, features=tower.features
+        )
+        card.write(folder, model, usage, difference)
     return ExportReport(str(directory), difference)
+
+
+def stock_tower(model: AlphaClip) -> StockTower:
+    """Return a model's image tower in transformers' words.
+
+    Raises:
+        ValueError: If transformers has no stock class for it.
+    """
+    return siglip_tower(model) if hasattr(model.visual, "trunk") else clip_tower(model)
+
+
+def save_tower(tower: StockTower, folder: Path) -> None:
+    """Write a tower with transformers' own `save_pretrained`.
+
+    Raises:
+        ValueError: If its weights do not fit the class.
+    """
+    import transformers
+
+    config = getattr(transformers, tower.config_class)(**tower.config)
+    twin = getattr(transformers, tower.model_class)(config)
+    own = set(twin.state_dict())
+    state = _renamed(tower.state, own)
+    own -= {"vision_model.embeddings.position_ids"}  # a buffer that some versions save
+    if own != set(state):
+        raise ValueError(f"weights without a place in transformers: {own ^ set(state)}")
+    twin.load_state_dict({**twin.state_dict(), **state})
+    twin.save_pretrained(folder, safe_serialization=True)
+
+
+def _renamed(state: dict[str, Tensor], own: set[str]) -> dict[str, Tensor]:
+    """Put SigLIP's keys where versions of transformers before 5 have them."""
+    prefix = "vision_model."
+    if set(state) <= own or not {prefix + key for key in state} <= own:
+        return state
+    return {prefix + key: value for key, value in state.items()}
 
 
 @torch.no_grad()
@@ -83,98 +117,45 @@ def compare(model: AlphaClip, directory: str | Path) -> float:
     The difference is relative to the largest feature, in fp32, over random images with random
     regions.
     """
-    from transformers import CLIPVisionModelWithProjection
-
-    twin = CLIPVisionModelWithProjection.from_pretrained(directory).eval()
     rgba = probe(model)
-    return largest_difference(model.encode_image(rgba), twin(pixel_values=rgba).image_embeds)
+    return largest_difference(model.encode_image(rgba), stock_features(directory, rgba))
 
 
-def convert_state_dict(visual: nn.Module) -> dict[str, Tensor]:
-    """Rename and reshape an alpha ViT's weights for `CLIPVisionModelWithProjection`."""
-    stem: AlphaConv2d = visual.get_submodule("conv1")  # type: ignore[assignment]
-    state = visual.state_dict()
-    out = {
-        "vision_model.embeddings.class_embedding": state["class_embedding"],
-        "vision_model.embeddings.position_embedding.weight": state["positional_embedding"],
-        "vision_model.embeddings.patch_embedding.weight": torch.cat(
-            [stem.weight, stem.weight_alpha], 1
-        ),
-        "visual_projection.weight": state["proj"].T,
-    }
-    # transformers spells it so
-    norms = {"ln_pre": "vision_model.pre_layrnorm", "ln_post": "vision_model.post_layernorm"}
-    for ours, theirs in norms.items():
-        out.update({f"{theirs}.{p}": state[f"{ours}.{p}"] for p in ("weight", "bias")})
-    parts = {
-        "ln_1": "layer_norm1",
-        "ln_2": "layer_norm2",
-        "attn.out_proj": "self_attn.out_proj",
-        "mlp.c_fc": "mlp.fc1",
-        "mlp.c_proj": "mlp.fc2",
-    }
-    blocks: Any = visual.get_submodule("transformer.resblocks")
-    for i in range(len(blocks)):
-        ours, theirs = f"transformer.resblocks.{i}", f"vision_model.encoder.layers.{i}"
-        for p in ("weight", "bias"):
-            packed = state[f"{ours}.attn.in_proj_{p}"].chunk(3)
-            for name, tensor in zip(("q_proj", "k_proj", "v_proj"), packed, strict=True):
-                out[f"{theirs}.self_attn.{name}.{p}"] = tensor
-            out.update({f"{theirs}.{v}.{p}": state[f"{ours}.{k}.{p}"] for k, v in parts.items()})
-    return {k: v.detach().float().contiguous().clone() for k, v in out.items()}
+@torch.no_grad()
+def stock_features(directory: str | Path, pixel_values: Tensor) -> Tensor:
+    """Return the features that stock transformers computes with an export."""
+    import transformers
+
+    record = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    (name,) = record["architectures"]
+    twin = getattr(transformers, name).from_pretrained(directory).eval()
+    found: Any = twin(pixel_values=pixel_values)
+    features: Tensor = found.image_embeds if hasattr(found, "image_embeds") else found.pooler_output
+    return features
 
 
-def _vision_config(model: AlphaClip) -> dict[str, Any]:
-    """Describe the tower in transformers' words, or refuse it by name."""
-    from open_clip.transformer import VisionTransformer
+def write_processor(model: AlphaClip, folder: Path, channels: int) -> None:
+    """Write the processor's config: arrays in, normalised channels out.
 
-    visual: Any = model.visual
-    if not isinstance(visual, VisionTransformer):
-        raise ValueError(
-            f"transformers' CLIP has no {type(visual).__name__} ({model.name}); export it to "
-            "another target"
-        )
-    block = visual.transformer.resblocks[0]
-    plain = isinstance(visual.conv1, AlphaConv2d) and visual.conv1.bias is None
-    plain = plain and isinstance(block.attn, nn.MultiheadAttention)
-    plain = plain and getattr(visual, "attn_pool", None) is None and visual.pool_type == "tok"
-    plain = plain and isinstance(block.ls_1, nn.Identity) and not visual.final_ln_after_pool
-    plain = plain and not isinstance(visual.ln_pre, nn.Identity) and visual.proj is not None
-    if not plain:
-        raise ValueError(
-            f"{model.name} is a ViT that transformers' CLIP cannot express (it needs a class "
-            "token, ln_pre, a projection, and neither attention pooling nor layer scale)"
-        )
-    activation = type(block.mlp.gelu).__name__
-    return {
-        "hidden_size": visual.conv1.out_channels,
-        "intermediate_size": block.mlp.c_fc.out_features,
-        "projection_dim": int(visual.proj.shape[1]),
-        "num_hidden_layers": len(visual.transformer.resblocks),
-        "num_attention_heads": block.attn.num_heads,
-        "num_channels": 4,
-        "image_size": model.image_size,
-        "patch_size": visual.conv1.kernel_size[0],
-        "hidden_act": {"QuickGELU": "quick_gelu", "GELU": "gelu"}[activation],
-        "layer_norm_eps": visual.ln_post.eps,
-    }
-
-
-def _write_processor(model: AlphaClip, folder: Path) -> None:
-    """Write the processor's config: RGBA arrays in, four normalised channels out."""
+    Args:
+        model: Tells sizes, geometry and normalisation.
+        folder: The export.
+        channels: 4 for RGBA, 3 for RGB.
+    """
     n, size = model.normalisation, model.image_size
+    squash = model.transform.geometry == "squash"
     record = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": False,
+        "image_processor_type": _PROCESSOR,
+        "do_convert_rgb": channels == 3,
         "do_resize": True,
-        "do_center_crop": True,
+        "do_center_crop": not squash,
         "do_rescale": True,
         "do_normalize": True,
-        "size": {"shortest_edge": size},
+        "size": {"height": size, "width": size} if squash else {"shortest_edge": size},
         "crop_size": {"height": size, "width": size},
-        "resample": 3,
+        "resample": 3 if model.transform.interpolation == "bicubic" else 2,
         "rescale_factor": 1 / 255,
-        "image_mean": [*n.mean, n.alpha_mean],
-        "image_std": [*n.std, n.alpha_std],
+        "image_mean": [*n.mean, n.alpha_mean][:channels],
+        "image_std": [*n.std, n.alpha_std][:channels],
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -11,7 +11,8 @@ from torch import nn
 
 import alpha_clip
 from alpha_clip.export.base import fresh_directory
-from alpha_clip.export.huggingface import compare, convert_state_dict, export
+from alpha_clip.export.huggingface import compare, export
+from alpha_clip.export.layouts.clip import convert_state_dict
 from alpha_clip.model import AlphaClip
 from alpha_clip.transforms import RegionTransform
 
