@@ -205,7 +205,7 @@ def export(
     from alpha_clip.export.model_card import Card
 
     names = {module.name for module in iter_modules(targets.__path__)}
-    known = sorted(names - {"base", "model_card", "layouts"})
+    known = sorted(names - {"base", "model_card", "layouts", "llava"})
     if format not in known:
         raise ValueError(f"unknown format {format!r}; expected one of {', '.join(known)}")
     model, _, _ = create_model(name, pretrained, checkpoint)
