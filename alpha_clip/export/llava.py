@@ -145,9 +145,10 @@ class RegionProcessor:
         Raises:
             ValueError: If there is not one region for each picture, or one does not fit.
         """
-        several = not isinstance(images, Image.Image)
-        pictures = list(images) if several else [images]  # type: ignore[arg-type]
-        given = regions if several and regions is not None else [regions] * len(pictures)
+        pictures: list[Image.Image] = [images] if isinstance(images, Image.Image) else [*images]
+        given = [regions]
+        if not isinstance(images, Image.Image):
+            given = [None] * len(pictures) if regions is None else [*regions]
         if len(given) != len(pictures):
             raise ValueError(
                 f"expected a region for each of {len(pictures)} images, got {len(given)}"
