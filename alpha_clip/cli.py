@@ -17,8 +17,9 @@ _COMMANDS = {
     "phrases": "compute the text features of training data once, for a frozen text tower",
     "eval": "run a benchmark on a model",
     "export": "write a model as a drop-in backbone",
+    "embed": "write embeddings of regions or pictures, for retrieval databases",
 }
-_EXTRA = {"export": "export", "demo": "train,data,export"}
+_EXTRA = {"export": "export", "embed": "train,data", "demo": "train,data,export"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,10 +63,15 @@ def _call(command: str, arguments: list[str]) -> None:
 
     if command == "eval" and "--compare" in arguments:
         return _compare(arguments)
+    function: Callable[..., object]
     if command == "demo":
         from alpha_clip.demo import demo
 
-        function: Callable[..., object] = demo
+        function = demo
+    elif command == "embed":
+        from alpha_clip.embedding.embed import embed
+
+        function = embed
     else:
         functions: dict[str, Callable[..., object]]
         functions = {"eval": evaluate, "export": export, "phrases": phrases}

@@ -54,7 +54,7 @@ LAYERS = [
         "alpha_clip.progress",
         "alpha_clip.throughput",
     ],
-    ["alpha_clip.module", "alpha_clip.report"],
+    ["alpha_clip.module", "alpha_clip.report", "alpha_clip.embedding"],
     ["alpha_clip.training", "alpha_clip.demo_report"],
     ["alpha_clip.demo", "alpha_clip.cli"],
     ["alpha_clip.__main__"],

@@ -17,6 +17,7 @@ from PIL import Image
 from alpha_clip.drops import Drops
 from alpha_clip.evaluation.labelled import LabelledPicture, LabelledRegion, LabelledRegions
 from alpha_clip.regions import (
+    IMAGE_EXTENSIONS,
     Box,
     Region,
     SampleError,
@@ -91,6 +92,25 @@ def named(number: int, entries: list[Any]) -> str:
     """Return the name of a part: entries that were edited are another one, and scored again."""
     digest = hashlib.sha256(json.dumps(entries, default=str).encode()).hexdigest()
     return f"{number:08d}-{digest[:8]}"
+
+
+def pictures_in(folder: Path) -> list[str]:
+    """Return the pictures in a folder, at any depth, by name; none that is hidden.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    paths = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    seen = (path for path in paths if not any(part.startswith(".") for part in path.parts))
+    found = sorted(p.as_posix() for p in seen if p.suffix.lower()[1:] in IMAGE_EXTENSIONS)
+    if not found:
+        raise ValueError(f"{folder} has no picture; expected some ({', '.join(IMAGE_EXTENSIONS)})")
+    return found
+
+
+def file_stamp(file: Path) -> list[int]:
+    """Return what changes when a file is edited: its size and time."""
+    return [file.stat().st_size, file.stat().st_mtime_ns]
 
 
 def inside(folder: Path, name: str) -> Path:

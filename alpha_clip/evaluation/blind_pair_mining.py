@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFont, ImageOps
 
 from alpha_clip.drops import Drops
-from alpha_clip.evaluation.annotations import named, open_picture
+from alpha_clip.evaluation.annotations import file_stamp, named, open_picture, pictures_in
 from alpha_clip.evaluation.base import Benchmark, Scores, Seen
 from alpha_clip.evaluation.columns import PICTURE, Columns
 from alpha_clip.evaluation.outcomes import Outcome
 from alpha_clip.evaluation.pair_search import MinedPairs, disjoint, mine_pairs
 from alpha_clip.geometry import SharedGeometry
 from alpha_clip.model import AlphaClip
-from alpha_clip.regions import IMAGE_EXTENSIONS, SampleError
+from alpha_clip.regions import SampleError
 from alpha_clip.visualize import Tile, contact_sheet
 
 _PART = 256  # pictures in a part
@@ -83,12 +83,12 @@ class BlindPairMining(Benchmark):
         if other_pretrained and not Path(other_pretrained).is_file():
             raise ValueError(f"there is no file {other_pretrained} (other_pretrained)")
         self._root = Path(images)
-        names = _pictures_in(self._root)[:max_images]
-        weights = _stamp(Path(other_pretrained)) if other_pretrained else []
+        names = pictures_in(self._root)[:max_images]
+        weights = file_stamp(Path(other_pretrained)) if other_pretrained else []
         self._parts: dict[str, list[str]] = {}
         for first in range(0, len(names), _PART):
             some = names[first : first + _PART]
-            stamps = [[name, *_stamp(self._root / name)] for name in some]
+            stamps = [[name, *file_stamp(self._root / name)] for name in some]
             self._parts[named(first, [weights, *stamps])] = some
         self._thresholds, self._shown = (clip_above, other_below), shown
         self._other, self._other_pretrained = other, other_pretrained
@@ -202,19 +202,6 @@ def _tile(name: str, image: Image.Image, similarity: str, frame: str) -> Tile:
         text = "…" + text[2:]
     square = ImageOps.pad(image, (side, side), Image.Resampling.LANCZOS, frame)
     return Tile(ImageOps.expand(square, _FRAME, frame), f"{text} {similarity}")
-
-
-def _pictures_in(folder: Path) -> list[str]:
-    paths = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
-    seen = (path for path in paths if not any(part.startswith(".") for part in path.parts))
-    found = sorted(p.as_posix() for p in seen if p.suffix.lower()[1:] in IMAGE_EXTENSIONS)
-    if not found:
-        raise ValueError(f"{folder} has no picture; expected some ({', '.join(IMAGE_EXTENSIONS)})")
-    return found
-
-
-def _stamp(file: Path) -> list[int]:
-    return [file.stat().st_size, file.stat().st_mtime_ns]
 
 
 def _create_other(name: str, file: str | None) -> Any:

@@ -7,6 +7,7 @@ import json
 import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,8 +91,13 @@ def fingerprint(benchmark: Benchmark, models: list[AlphaClip]) -> str:
     settings = {k: v for k, v in benchmark.settings.items() if k not in benchmark.unscored}
     about = [kind, settings, names, benchmark.parts(), *(model.name for model in models)]
     digest = hashlib.sha256(json.dumps(about, default=str, sort_keys=True).encode())
-    tensors = [item for model in models for item in sorted(model.state_dict().items())]
-    for name, tensor in tensors:
+    for model in models:
+        add_weights(digest, model)
+    return digest.hexdigest()[:8]
+
+
+def add_weights(digest: Any, model: AlphaClip) -> None:
+    """Add a model's weights to a digest of hashlib's."""
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:8]

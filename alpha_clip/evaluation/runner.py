@@ -76,7 +76,7 @@ def run_benchmark(
         )
     dropped: list[tuple[str, str]] = []
     columns = join(_done(journal, benchmark.parts(), dropped), journal.folder)
-    _check(dropped, benchmark.parts().values(), max_dropped)
+    check_drops(dropped, benchmark.parts().values(), max_dropped)
     return columns, dropped
 
 
@@ -121,11 +121,21 @@ def _work(
             drops = ListedDrops()
             columns = benchmark.score(model, part, drops, bar.update)
             dropped += drops.list
-            _check(dropped, sizes.values(), max_dropped)
+            check_drops(dropped, sizes.values(), max_dropped)
             journal.write(part, columns, drops.list)
 
 
-def _check(dropped: list[tuple[str, str]], sizes: Iterable[int], limit: float) -> None:
+def check_drops(dropped: list[tuple[str, str]], sizes: Iterable[int], limit: float) -> None:
+    """Refuse to go on once more was dropped than is allowed.
+
+    Args:
+        dropped: Reason and detail of each.
+        sizes: Pictures in each part.
+        limit: Share of pictures that may be unusable.
+
+    Raises:
+        ValueError: If it was more; it names a few.
+    """
     total = sum(sizes)
     if len(dropped) > limit * total:
         few = "; ".join(f"{reason}: {detail}" for reason, detail in dropped[:5])
