@@ -168,7 +168,7 @@ class AlphaClip(nn.Module):
 
     def _run(self, inputs: Tensor) -> Tensor:
         try:
-            features: Tensor = self.visual(inputs.to(self.dtype))
+            out = self.visual(inputs.to(self.dtype))
         except (RuntimeError, AssertionError) as error:
             if inputs.shape[-2:] == (self.image_size, self.image_size):
                 raise
@@ -177,6 +177,7 @@ class AlphaClip(nn.Module):
                 f"{list(inputs.shape[-2:])} ({error}); use its transform, or build it with "
                 "create_model(..., image_size=...)"
             ) from error
+        features: Tensor = out[0] if isinstance(out, tuple) else out  # CoCa's has its tokens, too
         return features
 
     def encode_text(

@@ -7,6 +7,7 @@ from PIL import Image
 
 import alpha_clip
 from alpha_clip.model import AlphaClip
+from alpha_clip.transforms import RegionTransform
 
 
 def inputs(model: AlphaClip, batch: int = 2, regions: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,3 +218,21 @@ def test_errors_of_the_tower_itself_are_not_hidden(
     monkeypatch.setattr(model.visual, "forward", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         model.encode_image(torch.zeros(1, 4, model.image_size, model.image_size))
+
+
+def test_a_coca_gives_its_pooled_features() -> None:
+    """Its tower returns its tokens as well."""
+    from open_clip.coca_model import CoCa
+
+    vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
+    vision |= {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+    clip = CoCa(32, text, text, vision).eval()
+    alpha_clip.add_alpha_channel(clip.visual)
+    coca = AlphaClip(clip, "coca", {"vision_cfg": vision}, RegionTransform(32))
+    rgba = torch.randn(2, 4, 32, 32)
+    with torch.no_grad():
+        found = coca.encode_image(rgba)
+        assert torch.equal(found, clip.visual(rgba)[0])
+        unit = coca.encode_image(rgba, normalize=True)
+    torch.testing.assert_close(unit, F.normalize(found, dim=-1))

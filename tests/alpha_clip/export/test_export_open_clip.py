@@ -24,10 +24,8 @@ TIMM: dict[str, Any] = {"timm_model_pretrained": False, "timm_pool": "", "image_
 CONVNEXT = {**TIMM, "timm_model_name": "test_convnext"}
 TIMM_RESNET = {**TIMM, "timm_model_name": "test_resnet"}
 SIGLIP = {**TIMM, "timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none"}
-FAMILIES = [
-    *("ViT-S-32", "RN50", "EVA02-B-16", "ViT-B-32-SigLIP2-256", "PE-Core-T-16-384"),
-    *("convnext_tiny", "ViTamin-S", "swin_base_patch4_window7_224", "MobileCLIP2-S0"),
-    *("MobileCLIP-B", "vit_relpos_medium_patch16_cls_224", "vit_medium_patch16_gap_256"),
+FAMILIES = [  # the stem alone is touched: a tower for each kind of stem
+    *("ViT-S-32", "RN50", "PE-Core-T-16-384", "convnext_tiny", "ViTamin-S", "MobileCLIP2-S0"),
 ]
 
 
