@@ -19,6 +19,8 @@ _COMMANDS = {
     "export": "write a model as a drop-in backbone",
     "embed": "write embeddings of regions or pictures, for retrieval databases",
 }
+# Modules of alpha_clip.export that write no format.
+_NO_TARGETS = {"base", "model_card", "layouts", "llava", "mixture_of_features"}
 _EXTRA = {"export": "export", "embed": "train,data", "demo": "train,data,export"}
 
 
@@ -211,7 +213,7 @@ def export(
     from alpha_clip.export.model_card import Card
 
     names = {module.name for module in iter_modules(targets.__path__)}
-    known = sorted(names - {"base", "model_card", "layouts", "llava"})
+    known = sorted(names - _NO_TARGETS)
     if format not in known:
         raise ValueError(f"unknown format {format!r}; expected one of {', '.join(known)}")
     model, _, _ = create_model(name, pretrained, checkpoint)
