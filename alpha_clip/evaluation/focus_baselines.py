@@ -254,6 +254,16 @@ FOCUS: dict[str, Focus] = {
 }
 
 
+def check_focus(names: Sequence[str]) -> None:
+    """Refuse ways of pointing that there are not, or none at all.
+
+    Raises:
+        ValueError: If there is none, or an unknown one.
+    """
+    if not names or set(names) - FOCUS.keys():
+        raise ValueError(f"expected focus to be some of {list(FOCUS)}, got {list(names)}")
+
+
 def ways_for(model: AlphaClip) -> list[str]:
     """Return the names of all ways that a model's tower allows; says in the log if one is out."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -96,11 +97,17 @@ class Proposals(FolderRegions):
             found = record["annotations"] if proposals is None else read_json(proposals, _PROPOSALS)
             self.regions: list[dict[str, Any]] = [r for r in found if not r.get("iscrowd")]
             owners = [region["image_id"] for region in self.regions]
+            wrong = [r["score"] for r in self.regions if not _is_score(r.get("score", 1.0))]
         except (KeyError, TypeError, AttributeError) as error:
             file, expected = (
                 (annotations, _IMAGES) if proposals is None else (proposals, _PROPOSALS)
             )
             raise ValueError(f"{file} is something else than {expected}: {error}") from error
+        if wrong:
+            raise ValueError(
+                f"{proposals or annotations} has scores that are no number of 0 or more, such as "
+                f"{wrong[0]!r}"
+            )
         lost = set(owners) - self.images.keys()
         if lost:
             raise ValueError(
@@ -131,3 +138,7 @@ class Proposals(FolderRegions):
             if mask is None:
                 raise SampleError("bad_area", f"region {number} has no mask and no box")
             yield number, mask, box
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0

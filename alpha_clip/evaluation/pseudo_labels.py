@@ -18,7 +18,7 @@ from torchvision.ops import batched_nms
 from alpha_clip.drops import Drops
 from alpha_clip.evaluation.base import Benchmark, Scores, Seen
 from alpha_clip.evaluation.columns import PICTURE, Columns
-from alpha_clip.evaluation.focus_baselines import FOCUS
+from alpha_clip.evaluation.focus_baselines import check_focus
 from alpha_clip.evaluation.inputs import encode_classes
 from alpha_clip.evaluation.labelled import LabelledPicture
 from alpha_clip.evaluation.outcomes import Outcome
@@ -76,8 +76,7 @@ class PseudoLabels(Benchmark):
         batch_size: int = 64,
         max_images: int | None = None,
     ) -> None:
-        if not focus or set(focus) - FOCUS.keys():
-            raise ValueError(f"expected focus to be some of {list(FOCUS)}, got {list(focus)}")
+        check_focus(focus)
         if not 0 <= min_score <= 1 or labels_a_region < 1:
             raise ValueError(
                 "expected min_score in 0..1 and labels_a_region of at least 1, got "

@@ -22,7 +22,7 @@ from alpha_clip.evaluation.base import Benchmark, Scores, Seen
 from alpha_clip.evaluation.candidates import Candidates, Objects
 from alpha_clip.evaluation.columns import PICTURE, Columns
 from alpha_clip.evaluation.expressions import ReferredPicture, read_expressions
-from alpha_clip.evaluation.focus_baselines import FOCUS
+from alpha_clip.evaluation.focus_baselines import check_focus
 from alpha_clip.evaluation.inputs import encode_texts
 from alpha_clip.evaluation.labelled import LabelledPicture
 from alpha_clip.evaluation.outcomes import Outcome
@@ -95,8 +95,7 @@ class ReferringExpressions(Benchmark):
         batch_size: int = 64,
         max_images: int | None = None,
     ) -> None:
-        if not focus or set(focus) - FOCUS.keys():
-            raise ValueError(f"expected focus to be some of {list(FOCUS)}, got {list(focus)}")
+        check_focus(focus)
         if not Path(images).is_dir():
             raise ValueError(f"{images} is no folder; give that of the pictures")
         self._pictures = read_expressions(annotations, split, split_by)[:max_images]

@@ -10,7 +10,7 @@ from torch import Tensor
 from alpha_clip.drops import Drops
 from alpha_clip.evaluation.base import Seen
 from alpha_clip.evaluation.columns import Columns
-from alpha_clip.evaluation.focus_baselines import FOCUS
+from alpha_clip.evaluation.focus_baselines import FOCUS, check_focus
 from alpha_clip.evaluation.labelled import LabelledPicture, LabelledRegion
 from alpha_clip.evaluation.region_views import RegionViews
 from alpha_clip.evaluation.retrieval import Retrieval
@@ -45,8 +45,7 @@ class RegionRetrieval(Retrieval):
         batch_size: int = 64,
         max_images: int | None = None,
     ) -> None:
-        if not focus or set(focus) - FOCUS.keys():
-            raise ValueError(f"expected focus to be some of {list(FOCUS)}, got {list(focus)}")
+        check_focus(focus)
         super().__init__(data, max_images)
         self.focus = focus
         self.template = template

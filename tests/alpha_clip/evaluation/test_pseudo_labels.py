@@ -249,6 +249,10 @@ def test_bad_input_stops_before_work(make: Make, record: dict[str, Any], tmp_pat
     for content in ({"a": 1}, [{"bbox": []}], 5, ["x"]):
         with pytest.raises(ValueError, match="something else than a list as COCO's results"):
             make(proposals=save(content, tmp_path, "p.json"))
+    for score in ("0.5", float("nan"), -1, None):
+        proposal = {"image_id": 3, "bbox": [0, 0, 2, 2], "score": score}
+        with pytest.raises(ValueError, match="scores that are no number of 0 or more, such as"):
+            make(proposals=save([proposal], tmp_path, "p.json"))
     record["images"] = "x"
     with pytest.raises(ValueError, match="something else than a COCO or LVIS file"):
         make()
