@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := train,data,export,onnx,notebooks,ray,dev
+EXTRAS := train,data,export,diffusers,onnx,notebooks,ray,dev
 
 .PHONY: demo test lint install clean help
 

@@ -6,11 +6,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from test_huggingface import VIT, build
-from test_llava import llava, logits, picture
+from test_multimodal import llava, logits, picture
 
 from alpha_clip.export import huggingface
-from alpha_clip.export.llava import RegionProcessor, swap_vision_tower
 from alpha_clip.export.mixture_of_features import MixtureOfFeatures
+from alpha_clip.export.multimodal import RegionProcessor, swap_vision_tower
 from alpha_clip.regions import Box
 
 transformers = pytest.importorskip("transformers")

@@ -11,7 +11,7 @@ from test_huggingface import VIT, build
 from test_huggingface_towers import siglip
 
 from alpha_clip.export import huggingface, huggingface_rgb
-from alpha_clip.export.llava import RegionProcessor, swap_vision_tower
+from alpha_clip.export.multimodal import RegionProcessor, swap_vision_tower
 from alpha_clip.model import AlphaClip
 from alpha_clip.regions import Box
 
