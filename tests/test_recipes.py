@@ -57,7 +57,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
         },
         32,
     ),
-    "EVA02": (
+    "EVA0": (
         {"custom_text": True, "vision_cfg": timm("eva02_tiny_patch14_224", "token", None)},
         28,
     ),

@@ -2,8 +2,7 @@
 
 Alpha is folded into four-channel stems, so no class of ours is needed. No config of open_clip can
 ask for four channels, though: `create_model("local-dir:FOLDER")` alone refuses the weights, and the
-model card shows the lines that widen the stem first. With `whole_image=True` the export is a plain
-CLIP of three channels that always looks at the whole image, where that can be done exactly.
+model card shows the lines that widen the stem first.
 """
 
 from __future__ import annotations
@@ -41,13 +40,6 @@ for name in {{stems}}:  # reads the picture: three channels become four
 open_clip.load_checkpoint(model, "{WEIGHTS_FILE}")
 features = model.eval().encode_image(rgba)  # float32 [batch, 4, size, size], normalised
 """
-_WHOLE_USAGE = """
-# The whole-image form: a plain CLIP with three channels; alpha is 1 everywhere and can't be given.
-import open_clip
-
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:.")
-features = model.eval().encode_image(preprocess(image)[None])
-"""
 
 
 def export(
@@ -56,7 +48,6 @@ def export(
     overwrite: bool = False,
     tolerance: float = 1e-5,
     card: Card = _NO_NOTES,
-    whole_image: bool = False,
 ) -> ExportReport:
     """Write a model for open_clip in fp32, load it with stock open_clip, compare.
 
@@ -66,36 +57,47 @@ def export(
         overwrite: Whether to replace a folder that is there.
         tolerance: Largest difference between features, relative to the largest feature.
         card: What the model card says beyond what the model tells.
-        whole_image: Whether to fix alpha at 1 everywhere and leave three channels, which
-            `create_model("local-dir:FOLDER")` loads as it is.
 
     Returns:
         Where it lies and how much it differs.
 
     Raises:
-        ValueError: If stock open_clip can't build the tower, if a fixed alpha can't be folded
-            exactly, or if the features differ.
+        ValueError: If stock open_clip can't build the tower, or the features differ.
+    """
+    clip, stems = copy_of(model)
+    fold_alpha(clip.visual)
+    with fresh_directory(Path(directory), overwrite) as folder:
+        write_model(clip, describe(model), folder)
+        difference = compare(model, folder)
+        check_difference(difference, tolerance)
+        card.write(folder, model, _USAGE.format(stems=stems), difference)
+    return ExportReport(str(directory), difference)
+
+
+def copy_of(model: AlphaClip) -> tuple[Any, list[str]]:
+    """Return a copy of the open_clip model in fp32, on the CPU, and the names of its alpha stems.
+
+    Raises:
+        ValueError: If it has none any more.
     """
     clip: Any = deepcopy(model.clip).cpu().float()
     stems = [name for name, m in clip.visual.named_modules() if isinstance(m, AlphaConv2d)]
     if not stems:
         raise ValueError(f"the alpha channel of {model.name} is folded already; export it unfolded")
-    if whole_image:
-        fix_alpha(clip.visual, model.normalisation.whole_image)
-    else:
-        fold_alpha(clip.visual)
-    record = describe(model)
-    if whole_image:
-        del record["alpha_clip"]
-    with fresh_directory(Path(directory), overwrite) as folder:
-        (folder / CONFIG_FILE).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-        state = {k: v.contiguous().clone() for k, v in clip.state_dict().items()}
-        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        difference = compare(model, folder)
-        check_difference(difference, tolerance)
-        usage = _WHOLE_USAGE if whole_image else _USAGE.format(stems=stems)
-        card.write(folder, model, usage, difference)
-    return ExportReport(str(directory), difference)
+    return clip, stems
+
+
+def write_model(clip: nn.Module, record: dict[str, Any], folder: Path) -> None:
+    """Write open_clip's two files.
+
+    Args:
+        clip: The model, as open_clip is to have it.
+        record: The config; without `alpha_clip` in it the model has three channels.
+        folder: Where to.
+    """
+    (folder / CONFIG_FILE).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    state = {k: v.contiguous().clone() for k, v in clip.state_dict().items()}
+    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def compare(model: AlphaClip, directory: str | Path) -> float:
@@ -125,47 +127,6 @@ def compare(model: AlphaClip, directory: str | Path) -> float:
         return features
 
     return compare_runs(model, run, text, whole_image)
-
-
-def fix_alpha(visual: nn.Module, alpha: float) -> nn.Module:
-    """Turn an alpha tower into one of three channels that has one alpha everywhere, in place.
-
-    Without padding a constant alpha adds a constant to each channel of the stem's output. It goes
-    into the bias; in a ViT of open_clip's own, which has none, into the positions of the patches.
-
-    Args:
-        visual: A tower treated by `add_alpha_channel`.
-        alpha: Normalised alpha of every pixel.
-
-    Returns:
-        The same tower.
-
-    Raises:
-        ValueError: If a constant alpha is no constant there.
-    """
-    from open_clip.transformer import VisionTransformer
-
-    stems = {n: m for n, m in visual.named_modules() if isinstance(m, AlphaConv2d)}
-    for name, stem in stems.items():
-        positions = isinstance(visual, VisionTransformer) and name == "conv1"
-        if stem.padding not in ("valid", (0, 0)) or (stem.bias is None and not positions):
-            why = "has no bias" if stem.padding in ("valid", (0, 0)) else "pads with zeros"
-            raise ValueError(
-                f"{type(visual).__name__}.{name} {why}: one alpha everywhere can't be folded "
-                "exactly; export it with whole_image=False"
-            )
-    for name, stem in stems.items():
-        constant = alpha * stem.weight_alpha.detach().sum((1, 2, 3))
-        plain = nn.Conv2d.__new__(nn.Conv2d)
-        plain.__dict__.update(stem.__dict__)
-        plain._parameters = {k: v for k, v in stem._parameters.items() if k != "weight_alpha"}
-        plain.in_channels = RGBA_CHANNELS - 1
-        if stem.bias is not None:
-            plain._parameters["bias"] = nn.Parameter(stem.bias.detach() + constant)
-        else:
-            visual.get_parameter("positional_embedding").data[1:] += constant
-        visual.set_submodule(name, plain)
-    return visual
 
 
 def _load(folder: Path, stems: list[str]) -> Any:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 import alpha_clip
-from alpha_clip.export import torch_export
+from alpha_clip.export import open_clip_rgb, torch_export
 from alpha_clip.export.open_clip import compare, export
 from alpha_clip.model import AlphaClip
 from alpha_clip.surgery import alpha_parameters
@@ -114,10 +114,10 @@ def test_a_real_tower_of_each_family(name: str, tmp_path: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("vision", [VIT, CONVNEXT, SIGLIP], ids=["ViT", "ConvNeXt", "SigLIP"])
-def test_the_whole_image_form_is_a_plain_clip(vision: dict[str, Any], tmp_path: Path) -> None:
+def test_with_three_channels_it_is_a_plain_clip(vision: dict[str, Any], tmp_path: Path) -> None:
     model = build(vision)
     positions = model.state_dict().get("visual.positional_embedding", torch.zeros(0)).clone()
-    assert export(model, tmp_path / "out", whole_image=True).max_difference <= 1e-5
+    assert open_clip_rgb.export(model, tmp_path / "out").max_difference <= 1e-5
     plain, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
     rgb = preprocess(Image.new("RGB", (50, 40), (200, 30, 60)))[None]
     ours, theirs = model.encode_image(rgb), plain.eval().encode_image(rgb)
@@ -126,22 +126,22 @@ def test_the_whole_image_form_is_a_plain_clip(vision: dict[str, Any], tmp_path: 
     assert not torch.allclose(model.encode_image(rgb, background), ours, rtol=0, atol=1e-3)
     record = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
     assert "alpha_clip" not in record
-    assert "The whole-image form" in (tmp_path / "out" / "README.md").read_text()
+    assert "the region is the whole image" in (tmp_path / "out" / "README.md").read_text()
     assert torch.equal(
         model.state_dict().get("visual.positional_embedding", torch.zeros(0)), positions
     )
 
 
 @pytest.mark.parametrize("vision", [RESNET, TIMM_RESNET], ids=["ResNet", "timm ResNet"])
-def test_the_whole_image_form_is_refused_where_it_is_not_exact(
+def test_three_channels_are_refused_where_they_are_not_exact(
     vision: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"conv1.* pads with zeros: one alpha everywhere can't be"):
-        export(build(vision), tmp_path / "out", whole_image=True)
+        open_clip_rgb.export(build(vision), tmp_path / "out")
     model = build(SIGLIP)
     model.visual.trunk.patch_embed.proj.bias = None  # type: ignore[union-attr]
     with pytest.raises(ValueError, match=r"trunk\.patch_embed\.proj has no bias: one alpha"):
-        export(model, tmp_path / "out", whole_image=True)
+        open_clip_rgb.export(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
