@@ -20,7 +20,14 @@ _COMMANDS = {
     "embed": "write embeddings of regions or pictures, for retrieval databases",
 }
 # Modules of alpha_clip.export that write no format.
-_NO_TARGETS = {"base", "model_card", "layouts", "mixture_of_features", "multimodal"}
+_NO_TARGETS = {
+    "base",
+    "model_card",
+    "layouts",
+    "mixture_of_features",
+    "multimodal",
+    "region_prompts",
+}
 _EXTRA = {"export": "export", "embed": "train,data", "demo": "train,data,export"}
 
 
