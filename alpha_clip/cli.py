@@ -26,6 +26,7 @@ _NO_TARGETS = {
     "layouts",
     "mixture_of_features",
     "multimodal",
+    "region_processor",
     "region_prompts",
 }
 _EXTRA = {"export": "export", "embed": "train,data", "demo": "train,data,export"}

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from alpha_clip.model import AlphaClip
 from alpha_clip.surgery import AlphaConv2d
 
 log = logging.getLogger(__name__)
+_SAME_CLIP = 0.5
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,31 @@ def warn_if_untrained(model: AlphaClip) -> None:
     stems = [m for m in model.visual.modules() if isinstance(m, AlphaConv2d)]
     if not any(bool(stem.weight_alpha.any()) for stem in stems):
         log.warning("alpha's kernel is zero: the export sees the whole image whatever the region")
+
+
+def warn_if_another_clip(old: nn.Module, new: nn.Module) -> None:
+    """Say in the log if a tower looks like one that was not trained from the tower it replaces.
+
+    Alpha training hardly moves the patch kernels for RGB, and nor does tuning with a language
+    model; those of another CLIP of the same shape have nothing to do with them.
+
+    Args:
+        old: The consumer's tower.
+        new: The tower that takes its place.
+    """
+    was, now = (
+        next(m.weight for m in tower.modules() if isinstance(m, nn.Conv2d))[:, :3].detach()
+        for tower in (old, new)
+    )
+    if was.is_meta or now.is_meta:
+        return
+    cosine = float(torch.cosine_similarity(was.float().cpu().ravel(), now.float().cpu().ravel(), 0))
+    if not cosine > _SAME_CLIP:
+        log.warning(
+            "the new tower's patch kernels are unlike the old one's (cosine %.2f): it does not "
+            "seem to come from the same CLIP, and the model will not understand what it sees",
+            cosine,
+        )
 
 
 def probe(model: AlphaClip) -> Float[Tensor, "4 4 size size"]:

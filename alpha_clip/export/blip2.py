@@ -9,6 +9,7 @@ by `from_pretrained`; a model gets its alpha tower once it is loaded.
 from __future__ import annotations
 
 import json
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from alpha_clip.export.base import (
     fresh_directory,
     largest_difference,
     probe,
+    warn_if_another_clip,
 )
 from alpha_clip.export.huggingface import write_processor
 from alpha_clip.export.layouts.eva import eva_tower
@@ -36,7 +38,8 @@ _SAME = ("hidden_size", "intermediate_size", "num_attention_heads", "patch_size"
 _USAGE = """
 from transformers import AutoProcessor, Blip2ForConditionalGeneration
 
-from alpha_clip.export.multimodal import RegionProcessor, swap_vision_tower
+from alpha_clip.export.multimodal import swap_vision_tower
+from alpha_clip.export.region_processor import RegionProcessor
 
 name = "Salesforce/blip2-opt-2.7b"  # or an InstructBLIP; both have EVA-CLIP's giant
 blip2 = swap_vision_tower(Blip2ForConditionalGeneration.from_pretrained(name), ".")
@@ -102,6 +105,12 @@ def _widen(tower: Any) -> None:
     tower.embeddings.patch_embedding = new
 
 
+def has_tower(model: Any) -> bool:
+    """Say whether a model's vision tower is BLIP-2's."""
+    config = getattr(getattr(model, "vision_model", None), "config", None)
+    return getattr(config, "model_type", None) in TOWERS
+
+
 def graft(model: Any, directory: str | Path) -> None:
     """Give a BLIP-2 or InstructBLIP the stem and blocks of an exported tower, in place.
 
@@ -125,9 +134,11 @@ def graft(model: Any, directory: str | Path) -> None:
             f"the export in {directory} does not fit in the model's place ({'; '.join(wrong)}); "
             "export the EVA01-g-14 that BLIP-2 was trained with, at the model's image size"
         )
+    old = copy(tower.embeddings.patch_embedding)
     _widen(tower)
     tower.load_state_dict(taken, strict=False)  # all but the norm; checked above
     tower.config.num_channels = 4
+    warn_if_another_clip(old, tower.embeddings.patch_embedding)
 
 
 def _wrong_sizes(tower: Any, record: dict[str, Any]) -> list[str]:

@@ -13,8 +13,8 @@ from torch import nn
 
 import alpha_clip
 from alpha_clip.export import blip2, huggingface
-from alpha_clip.export.blip2 import graft
-from alpha_clip.export.multimodal import RegionProcessor
+from alpha_clip.export.multimodal import swap_vision_tower
+from alpha_clip.export.region_processor import RegionProcessor
 from alpha_clip.model import AlphaClip
 from alpha_clip.regions import Box
 from alpha_clip.transforms import RegionTransform
@@ -85,7 +85,7 @@ ASKED = "what is this"
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_looks_where_it_is_told(exported: Path, kind: str) -> None:
     model, processor = consumer(kind)
-    graft(model, exported)
+    assert swap_vision_tower(model, exported) is model
     ask = RegionProcessor(processor, exported)
     regions = [Box(0, 0, 30, 50), Box(50, 0, 90, 50), None]
     inputs = [ask(picture(), region, text=ASKED) for region in regions]
@@ -101,7 +101,7 @@ def test_with_alpha_at_zero_it_answers_as_before(tmp_path: Path, kind: str) -> N
     """The model's own weights, given an alpha channel and put back, change nothing."""
     model, processor = consumer(kind)
     blip2.export(zeroed(eva()), tmp_path / "alpha")
-    graft(model, tmp_path / "alpha")
+    swap_vision_tower(model, tmp_path / "alpha")
     twin, _ = consumer(kind)
     state = dict(model.state_dict())
     stem = next(key for key in state if key.endswith("patch_embedding.weight"))
@@ -118,7 +118,7 @@ def test_the_last_block_is_left_out_and_the_norm_stays(exported: Path) -> None:
     """The tokens are EVA's behind its second block, in the norm that the model was trained with."""
     model, _ = consumer(depth=2)
     norm = {k: v.clone() for k, v in model.vision_model.post_layernorm.state_dict().items()}
-    graft(model, exported)
+    swap_vision_tower(model, exported)
     rgba, trunk = torch.randn(2, 4, 32, 32), eva().visual.trunk
     trunk.blocks = trunk.blocks[:2]
     trunk.norm.load_state_dict(norm)
@@ -130,7 +130,7 @@ def test_the_last_block_is_left_out_and_the_norm_stays(exported: Path) -> None:
 def test_precision_mode_and_frozen_weights_stay(exported: Path) -> None:
     model, _ = consumer()
     model.to(torch.bfloat16).requires_grad_(False)
-    graft(model, exported)
+    swap_vision_tower(model, exported)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in model.parameters())
     assert not model.vision_model.training
@@ -140,7 +140,7 @@ def test_stock_classes_refuse_what_is_saved_rather_than_lose_alpha(
     exported: Path, tmp_path: Path
 ) -> None:
     model, _ = consumer()
-    graft(model, exported)
+    swap_vision_tower(model, exported)
     model.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path)
@@ -189,6 +189,24 @@ def test_what_does_not_fit_is_refused(exported: Path, tmp_path: Path) -> None:
         model, _ = consumer(**vision)
         before = {k: v.clone() for k, v in model.vision_model.state_dict().items()}
         with pytest.raises(ValueError, match=message):
-            graft(model, tmp_path / folder if folder else exported)
+            swap_vision_tower(model, tmp_path / folder if folder else exported)
         after = model.vision_model.state_dict()
         assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_another_clip_is_warned_of(
+    exported: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = consumer()
+    swap_vision_tower(model, exported)
+    assert "does not seem to come from the same CLIP" in caplog.text
+    caplog.clear()
+    twin, _ = consumer()
+    source = eva()
+    stem = source.visual.trunk.patch_embed.proj
+    with torch.no_grad():
+        stem.weight.copy_(twin.vision_model.embeddings.patch_embedding.weight)
+        stem.weight.mul_(1.1).add_(0.01 * torch.randn_like(stem.weight))  # as training does
+    blip2.export(source, tmp_path / "alpha")
+    swap_vision_tower(twin, tmp_path / "alpha")
+    assert caplog.text == ""

@@ -10,7 +10,8 @@ from test_multimodal import llava, logits, picture
 
 from alpha_clip.export import huggingface
 from alpha_clip.export.mixture_of_features import MixtureOfFeatures
-from alpha_clip.export.multimodal import RegionProcessor, swap_vision_tower
+from alpha_clip.export.multimodal import swap_vision_tower
+from alpha_clip.export.region_processor import RegionProcessor
 from alpha_clip.regions import Box
 
 transformers = pytest.importorskip("transformers")

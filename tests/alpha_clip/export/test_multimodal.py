@@ -11,7 +11,8 @@ from test_huggingface import VIT, build
 from test_huggingface_towers import siglip
 
 from alpha_clip.export import huggingface, huggingface_rgb
-from alpha_clip.export.multimodal import RegionProcessor, swap_vision_tower
+from alpha_clip.export.multimodal import swap_vision_tower
+from alpha_clip.export.region_processor import RegionProcessor
 from alpha_clip.model import AlphaClip
 from alpha_clip.regions import Box
 
@@ -195,7 +196,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     before = model.model.vision_tower
     for folder, message in (
         ("siglip", "a clip_vision_model, the export in .* a siglip_vision_model"),
-        ("other", r"does not fit .*\(patch_size 8 is not 16; num_hidden_layers 2 is not 3\)"),
+        ("other", r"does not fit .*\(patch_size 8 is not 16\)"),
         ("rgb", "has 3 channels, expected 4"),
         ("none", "is no export: expected what `alpha-clip export --format huggingface` writes"),
     ):
@@ -216,3 +217,14 @@ def test_precision_and_mode_stay(tmp_path: Path) -> None:
     swap_vision_tower(model, tmp_path / "alpha")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert not model.model.vision_tower.training
+
+
+def test_another_clip_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    exported = build(VIT)
+    huggingface.export(exported, tmp_path / "alpha")
+    model, _ = llava("llava")
+    swap_vision_tower(model, tmp_path / "alpha")
+    assert "does not seem to come from the same CLIP" in caplog.text
+    caplog.clear()
+    swap_vision_tower(model, tmp_path / "alpha")  # its own
+    assert caplog.text == ""
