@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_pipeline.runner import PipelineConfig, ShardTask
+from data_pipeline.shard_maker import ShardMaker, ShardTask
 from data_pipeline.shards import ShardManifest, read_manifests
 
 
@@ -89,23 +89,19 @@ class Progress:
         self._bar.update()
 
 
-def plan(inputs: list[str], output: Path, config: PipelineConfig) -> list[ShardTask]:
+def plan(inputs: list[str], output: Path, maker: ShardMaker) -> list[ShardTask]:
     """Return the shards that are still to be made.
 
     Args:
         inputs: Input shards; their order numbers the output.
         output: The data set's folder.
-        config: How shards are made.
+        maker: How shards are made.
 
     Raises:
         ValueError: If the folder holds shards of other settings or of other inputs, or the layout
             does not go with the source.
     """
-    if config.layout == "sidecar" and not config.source.tars:
-        raise ValueError(
-            "layout: sidecar leaves the pictures in the input's tars, but "
-            f"{type(config.source).__name__} reads none; take layout: tar"
-        )
+    maker.check()
     done = read_manifests(output) if output.exists() else {}
     if surplus := [stem for stem in done if int(stem) >= len(inputs)]:
         raise ValueError(
@@ -117,10 +113,10 @@ def plan(inputs: list[str], output: Path, config: PipelineConfig) -> list[ShardT
         manifest = done.get(f"{index:05d}")
         if manifest is None:
             tasks.append(ShardTask(path, index))
-        elif manifest.config_hash != config.hash:
+        elif manifest.config_hash != maker.hash:
             raise ValueError(
                 f"{output} holds shards made with other settings (config {manifest.config_hash}, "
-                f"now {config.hash}); write to another folder, or delete this one"
+                f"now {maker.hash}); write to another folder, or delete this one"
             )
         elif manifest.input["path"] != path:
             raise ValueError(

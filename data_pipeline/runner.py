@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -26,16 +22,16 @@ from data_pipeline.filters import Filters
 from data_pipeline.near_duplicates import NearDuplicates
 from data_pipeline.segmenters.base import Segmenter
 from data_pipeline.shard_files import Layout
+from data_pipeline.shard_maker import ShardMaker, ShardTask, StageClock, check_rate, digest_of
 from data_pipeline.shards import ShardManifest, ShardWriter
 from data_pipeline.sources.base import BoxedPhrase, Reject, Source, SourceSample
 
-_ENOUGH = 100  # samples that say something about a rate
 _HOPELESS = 32  # pictures that fail in the segmenter, if none has worked before
 
 
 @dataclass(frozen=True)
-class PipelineConfig:
-    """What turns an input shard into an output shard; the same config gives the same bytes.
+class PipelineConfig(ShardMaker):
+    """What turns a shard of boxes with phrases into one of regions; see `ShardMaker`.
 
     Attributes:
         source: Reads the input.
@@ -60,41 +56,31 @@ class PipelineConfig:
         for name, part in (("source", self.source), ("segmenter", self.segmenter)):
             kind = f"{type(part).__module__}.{type(part).__qualname__}"
             parts[name] = {"class": kind, **part.settings()}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        return digest_of(parts)
 
+    def check(self) -> None:
+        """Refuse a sidecar to what does not lie in tars; see `ShardMaker.check`."""
+        if self.layout == "sidecar" and not self.source.tars:
+            raise ValueError(
+                "layout: sidecar leaves the pictures in the input's tars, but "
+                f"{type(self.source).__name__} reads none; take layout: tar"
+            )
 
-@dataclass(frozen=True)
-class ShardTask:
-    """One input shard, a path or URL, and the number of the shard to make of it."""
+    def load(self) -> None:
+        """Load the segmenter's weights; see `ShardMaker.load`."""
+        self.segmenter.load()
 
-    path: str
-    index: int
+    def try_loading(self) -> None:
+        """Load them, and let go; see `ShardMaker.try_loading`."""
+        copy(self.segmenter).load()
 
+    def place(self, worker: int) -> None:
+        """Give the segmenter its device; see `ShardMaker.place`."""
+        self.segmenter.place(worker)
 
-class StageClock:
-    """Adds up the seconds spent in each stage, and tells when samples are done.
-
-    Args:
-        tick: Called with how many samples have been done since the last call.
-    """
-
-    def __init__(self, tick: Callable[[int], None] | None = None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._tick = tick
-
-    def tick(self, samples: int) -> None:
-        """Say that more samples are done."""
-        if self._tick is not None:
-            self._tick(samples)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Count what happens inside towards a stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+    def make(self, task: ShardTask, output: Path, clock: StageClock) -> ShardManifest:
+        """Make a shard; see `process_shard`."""
+        return process_shard(task, output, self, clock)
 
 
 @dataclass
@@ -142,7 +128,7 @@ def process_shard(
                 break
         if len(failures) == tried >= 2:
             raise RuntimeError(f"the segmenter failed on every picture: {failures[-1]}")
-        _check_rate(writer, config)
+        check_rate(writer, config.max_reject_rate)
         with clock.stage("commit"):
             return writer.commit(config.hash, task.path)
     except BaseException:
@@ -235,14 +221,3 @@ def _finish(
                 lost = len(sample.regions)
                 writer.reject(Reject(sample.key, None, error.reason, error.detail, lost))
     return failures
-
-
-def _check_rate(writer: ShardWriter, config: PipelineConfig) -> None:
-    lost = writer.lost_samples
-    total = writer.samples + lost
-    if total >= _ENOUGH and lost > config.max_reject_rate * total:
-        reasons = Counter(r.reason for r in writer.rejects if r.rid is None).most_common(5)
-        raise RuntimeError(
-            f"{lost} of {total} samples were rejected ({dict(reasons)}), so the shard is not "
-            f"committed; if that is right, raise max_reject_rate ({config.max_reject_rate})"
-        )

@@ -8,7 +8,7 @@ import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, ClassVar, Literal
+from typing import IO, ClassVar, Generic, Literal, TypeVar
 
 from alpha_clip.regions import (
     IMAGE_EXTENSIONS,
@@ -25,10 +25,11 @@ from data_pipeline.sources.base import BadShardError, StorageError
 from data_pipeline.sources.tars import read_groups
 
 Layout = Literal["tar", "sidecar"]
+SampleT = TypeVar("SampleT")
 _BLOCK = 1 << 20
 
 
-class ShardFile(ABC):
+class ShardFile(ABC, Generic[SampleT]):
     """A file that is being written.
 
     Args:
@@ -43,7 +44,7 @@ class ShardFile(ABC):
         hold(self.file)
 
     @abstractmethod
-    def write(self, sample: RegionSample, picture: bytes) -> None:
+    def write(self, sample: SampleT, picture: bytes) -> None:
         """Add a sample.
 
         Args:
@@ -59,7 +60,7 @@ class ShardFile(ABC):
         self.file.close()
 
 
-class TarShardFile(ShardFile):
+class TarShardFile(ShardFile[RegionSample]):
     """`KEY.jpg`, `KEY.json` in turn, in a USTAR archive whose bytes depend on nothing else."""
 
     suffix: ClassVar[str] = ".tar"
@@ -85,7 +86,7 @@ class TarShardFile(ShardFile):
             super().close()
 
 
-class SidecarShardFile(ShardFile):
+class SidecarShardFile(ShardFile[RegionSample]):
     """A line of JSON a sample; the pictures stay in the input."""
 
     suffix: ClassVar[str] = ".regions.jsonl"
@@ -95,7 +96,10 @@ class SidecarShardFile(ShardFile):
         self.file.write(pack_entry(sample, picture))
 
 
-SHARD_FILES: dict[Layout, type[ShardFile]] = {"tar": TarShardFile, "sidecar": SidecarShardFile}
+SHARD_FILES: dict[Layout, type[ShardFile[RegionSample]]] = {
+    "tar": TarShardFile,
+    "sidecar": SidecarShardFile,
+}
 
 
 def read_shard(path: Path) -> Iterator[RegionSample]:

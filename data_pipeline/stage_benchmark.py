@@ -10,7 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.runner import PipelineConfig, ShardTask, StageClock, process_shard
+from data_pipeline.runner import PipelineConfig, process_shard
+from data_pipeline.shard_maker import ShardTask, StageClock
 from data_pipeline.sources.base import (
     BadShardError,
     Reject,

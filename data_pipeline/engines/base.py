@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_pipeline.runner import PipelineConfig, ShardTask, StageClock, process_shard
+from data_pipeline.shard_maker import ShardMaker, ShardTask, StageClock
 from data_pipeline.shards import ShardManifest
 from data_pipeline.sources.base import BadShardError
 
@@ -53,7 +53,7 @@ class Engine(ABC):
         self,
         tasks: list[ShardTask],
         output: Path,
-        config: PipelineConfig,
+        maker: ShardMaker,
         workers: int,
         tick: Tick = ignore,
     ) -> Iterator[Outcome]:
@@ -62,7 +62,7 @@ class Engine(ABC):
         Args:
             tasks: What to make.
             output: The data set's folder.
-            config: How.
+            maker: How.
             workers: How many to make at a time.
             tick: Told in this process, now and then, how many more samples are done.
 
@@ -76,11 +76,11 @@ class Engine(ABC):
         """
 
 
-def attempt(output: Path, config: PipelineConfig, task: ShardTask, tick: Tick = ignore) -> Outcome:
-    """Make one shard here and now; raises what `process_shard` does but `BadShardError`."""
+def attempt(output: Path, maker: ShardMaker, task: ShardTask, tick: Tick = ignore) -> Outcome:
+    """Make one shard here and now; raises what `ShardMaker.make` does but `BadShardError`."""
     clock = StageClock(tick)
     try:
-        manifest = process_shard(task, output, config, clock)
+        manifest = maker.make(task, output, clock)
     except BadShardError as error:
         return Outcome(task, bad_input=str(error), seconds=clock.seconds)
     return Outcome(task, manifest, seconds=clock.seconds)

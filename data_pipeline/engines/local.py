@@ -15,7 +15,6 @@ from concurrent.futures import (
     wait,
 )
 from concurrent.futures.process import BrokenProcessPool
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context, parent_process
@@ -24,7 +23,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from data_pipeline.engines.base import Engine, Outcome, Tick, attempt, ignore
-from data_pipeline.runner import PipelineConfig, ShardTask
+from data_pipeline.shard_maker import ShardMaker, ShardTask
 from data_pipeline.sources.base import StorageError
 
 _GLANCE_S = 1.0  # how often the workers' counts are looked at
@@ -56,7 +55,7 @@ class LocalEngine(Engine):
         self,
         tasks: list[ShardTask],
         output: Path,
-        config: PipelineConfig,
+        maker: ShardMaker,
         workers: int,
         tick: Tick = ignore,
     ) -> Iterator[Outcome]:
@@ -64,25 +63,25 @@ class LocalEngine(Engine):
         if not tasks:
             return
         if workers <= 1 or len(tasks) == 1:
-            config.segmenter.load()
+            maker.load()
             for task in tasks:
-                yield self._try(task, lambda t: attempt(output, config, t, tick))
+                yield self._try(task, lambda t: attempt(output, maker, t, tick))
             return
-        copy(config.segmenter).load()  # missing weights stop the run here; workers load their own
-        yield from self._supervise(tasks, output, config, min(workers, len(tasks)), tick)
+        maker.try_loading()  # missing weights stop the run here; workers load their own
+        yield from self._supervise(tasks, output, maker, min(workers, len(tasks)), tick)
 
     def _supervise(
         self,
         tasks: list[ShardTask],
         output: Path,
-        config: PipelineConfig,
+        maker: ShardMaker,
         workers: int,
         tick: Tick,
     ) -> Iterator[Outcome]:
         # A pool of one process for each worker: when one is killed, the standard pool gives up all
         # of its processes (and multiprocessing.Pool waits for ever).
         over = threading.Event()
-        slots = [_Slot(i, output, config, over) for i in range(workers)]
+        slots = [_Slot(i, output, maker, over) for i in range(workers)]
         free: SimpleQueue[_Slot] = SimpleQueue()
         for slot in slots:
             free.put(slot)
@@ -135,20 +134,18 @@ class _Slot:
     Args:
         number: Its number among the places.
         output: The data set's folder.
-        config: How shards are made; a worker is told once, and keeps the weights.
+        maker: How shards are made; a worker is told once, and keeps the weights.
         over: Set when the run has ended; no worker is started after that.
 
     Attributes:
         samples: How many its workers have done; only they write it, so nobody waits for a lock.
     """
 
-    def __init__(
-        self, number: int, output: Path, config: PipelineConfig, over: threading.Event
-    ) -> None:
+    def __init__(self, number: int, output: Path, maker: ShardMaker, over: threading.Event) -> None:
         self._over = over
         self._spawn = get_context("spawn")
         self.samples = self._spawn.RawValue("Q", 0)
-        self._told = (number, output, config, self.samples)
+        self._told = (number, output, maker, self.samples)
         self._pool: ProcessPoolExecutor | None = None
 
     def attempt(self, task: ShardTask) -> Outcome:
@@ -176,15 +173,15 @@ class _Slot:
 _work: Callable[[ShardTask], Outcome] | None = None  # what this worker was told to do
 
 
-def _begin(number: int, output: Path, config: PipelineConfig, samples: Any) -> None:
+def _begin(number: int, output: Path, maker: ShardMaker, samples: Any) -> None:
     """Prepare a worker: let it count, not outlive its run (it would hold a GPU), leave Ctrl-C."""
     global _work
 
     def count(done: int) -> None:
         samples.value += done
 
-    config.segmenter.place(number)
-    _work = partial(attempt, output, config, tick=count)
+    maker.place(number)
+    _work = partial(attempt, output, maker, tick=count)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave)
     parent = parent_process()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.engines.base import Engine, Outcome, Tick, attempt, ignore
-from data_pipeline.runner import PipelineConfig, ShardTask
+from data_pipeline.shard_maker import ShardMaker, ShardTask
 from data_pipeline.shards import ShardManifest
 from data_pipeline.sources.base import StorageError
 
@@ -60,7 +60,7 @@ class RayEngine(Engine):
         self,
         tasks: list[ShardTask],
         output: Path,
-        config: PipelineConfig,
+        maker: ShardMaker,
         workers: int,
         tick: Tick = ignore,
     ) -> Iterator[Outcome]:
@@ -78,7 +78,7 @@ class RayEngine(Engine):
             kind = ray.remote(_Maker).options(
                 num_gpus=self.gpus_per_actor, num_cpus=self.cpus_per_actor, max_restarts=0
             )
-            crew = _Crew(ray, lambda: kind.remote(folder, output, config), self.attempts)
+            crew = _Crew(ray, lambda: kind.remote(folder, output, maker), self.attempts)
             for outcome in crew.make(tasks, actors):
                 if outcome.manifest is not None:
                     _check_shared(outcome.task, outcome.manifest, output)
@@ -114,10 +114,10 @@ class RayEngine(Engine):
 class _Maker:
     """Makes shards on a node: the actor."""
 
-    def __init__(self, folder: str, output: Path, config: PipelineConfig) -> None:
+    def __init__(self, folder: str, output: Path, maker: ShardMaker) -> None:
         self._folder = folder
         self._output = output
-        self._config = config
+        self._maker = maker
 
     def load(self) -> None:
         # Relative paths of inputs, weights and pictures then mean here what they mean there, and
@@ -129,7 +129,7 @@ class _Maker:
                 f"{platform.node()} can't enter {self._folder} ({error.strerror}); start the run "
                 "in a folder that all nodes share"
             ) from error
-        self._config.segmenter.load()
+        self._maker.load()
 
     def make(self, task: ShardTask, seen: bool) -> Outcome:
         if seen and not Path(task.path).exists():  # must not pass for a bad input
@@ -137,7 +137,7 @@ class _Maker:
                 f"{platform.node()} does not see {task.path}; inputs must be on a file system that "
                 "all nodes share"
             )
-        return attempt(self._output, self._config, task)
+        return attempt(self._output, self._maker, task)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_pipeline.engines.base import Engine, Outcome, Tick, ignore
 from data_pipeline.engines.local import LocalEngine
-from data_pipeline.runner import PipelineConfig, ShardTask
+from data_pipeline.shard_maker import ShardMaker, ShardTask
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class SlurmEngine(Engine):
         self,
         tasks: list[ShardTask],
         output: Path,
-        config: PipelineConfig,
+        maker: ShardMaker,
         workers: int,
         tick: Tick = ignore,
     ) -> Iterator[Outcome]:
         """Make shards on this machine; see `LocalEngine`."""
-        return LocalEngine(self.attempts).run(tasks, output, config, workers, tick)
+        return LocalEngine(self.attempts).run(tasks, output, maker, workers, tick)
 
 
 def place_in_array(environ: Mapping[str, str]) -> tuple[int, int]:
