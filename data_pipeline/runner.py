@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from alpha_clip.regions import (
+    RegionSample,
     SampleError,
     StoredImage,
     read_image,
@@ -21,7 +22,7 @@ from data_pipeline.annotation import annotate
 from data_pipeline.filters import Filters
 from data_pipeline.near_duplicates import NearDuplicates
 from data_pipeline.segmenters.base import Segmenter
-from data_pipeline.shard_files import Layout
+from data_pipeline.shard_files import SHARD_FILES, Layout
 from data_pipeline.shard_maker import ShardMaker, ShardTask, StageClock, check_rate, digest_of
 from data_pipeline.shards import ShardManifest, ShardWriter
 from data_pipeline.sources.base import BoxedPhrase, Reject, Source, SourceSample
@@ -113,7 +114,7 @@ def process_shard(
         OSError: If the output can't be written. Whatever is raised, nothing is committed.
     """
     clock = clock or StageClock()
-    writer = ShardWriter(output, task.index, config.layout)
+    writer = ShardWriter(output, task.index, SHARD_FILES[config.layout])
     try:
         size = config.segmenter.batch_size()
         items = _prepare_all(config.source.read(task.path), config, clock)
@@ -185,7 +186,7 @@ def _ahead(batches: Iterator[list[_Item]]) -> Iterator[list[_Item]]:
 
 
 def _finish(
-    batch: list[_Item], writer: ShardWriter, config: PipelineConfig, clock: StageClock
+    batch: list[_Item], writer: ShardWriter[RegionSample], config: PipelineConfig, clock: StageClock
 ) -> list[SampleError]:
     """Segment and write a batch, in order; returns why the segmenter failed, if it did."""
     ready = [(item.sample, item.image) for item in batch if item.sample and item.image]

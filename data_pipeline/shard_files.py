@@ -6,9 +6,9 @@ import hashlib
 import io
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from pathlib import Path
-from typing import IO, ClassVar, Generic, Literal, TypeVar
+from typing import IO, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from alpha_clip.regions import (
     IMAGE_EXTENSIONS,
@@ -25,7 +25,17 @@ from data_pipeline.sources.base import BadShardError, StorageError
 from data_pipeline.sources.tars import read_groups
 
 Layout = Literal["tar", "sidecar"]
-SampleT = TypeVar("SampleT")
+
+
+class HasRegions(Protocol):
+    """A sample of whatever kind."""
+
+    @property
+    def regions(self) -> Sized:
+        """Its regions."""
+
+
+SampleT = TypeVar("SampleT", bound=HasRegions)
 _BLOCK = 1 << 20
 
 
@@ -34,9 +44,14 @@ class ShardFile(ABC, Generic[SampleT]):
 
     Args:
         path: Where.
+
+    Attributes:
+        suffix: What its name ends in.
+        pictures: Whether it holds the pictures, too.
     """
 
     suffix: ClassVar[str]
+    pictures: ClassVar[bool] = False
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -49,7 +64,7 @@ class ShardFile(ABC, Generic[SampleT]):
 
         Args:
             sample: The sample.
-            picture: Its picture's bytes as they lie in the input.
+            picture: Its picture's bytes as they lie in the input, if those are not what it stores.
 
         Raises:
             SampleError: If the sample is not sound; the file stays as it was.
@@ -59,11 +74,21 @@ class ShardFile(ABC, Generic[SampleT]):
         """Write what is left to write."""
         self.file.close()
 
+    @classmethod
+    @abstractmethod
+    def read_back(cls, path: Path) -> tuple[int, int]:
+        """Read a finished file strictly; return its number of samples and of regions.
+
+        Raises:
+            OSError: If anything in it is not as it should be.
+        """
+
 
 class TarShardFile(ShardFile[RegionSample]):
     """`KEY.jpg`, `KEY.json` in turn, in a USTAR archive whose bytes depend on nothing else."""
 
     suffix: ClassVar[str] = ".tar"
+    pictures: ClassVar[bool] = True
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -85,6 +110,11 @@ class TarShardFile(ShardFile[RegionSample]):
         finally:
             super().close()
 
+    @classmethod
+    def read_back(cls, path: Path) -> tuple[int, int]:
+        """Count; see `ShardFile.read_back`."""
+        return _count(read_shard(path))
+
 
 class SidecarShardFile(ShardFile[RegionSample]):
     """A line of JSON a sample; the pictures stay in the input."""
@@ -93,7 +123,12 @@ class SidecarShardFile(ShardFile[RegionSample]):
 
     def write(self, sample: RegionSample, picture: bytes) -> None:
         """Add a line; see `ShardFile.write`."""
-        self.file.write(pack_entry(sample, picture))
+        self.file.write(pack_entry(sample, picture or sample.jpeg))
+
+    @classmethod
+    def read_back(cls, path: Path) -> tuple[int, int]:
+        """Count; see `ShardFile.read_back`."""
+        return _count(read_sidecar(path))
 
 
 SHARD_FILES: dict[Layout, type[ShardFile[RegionSample]]] = {
@@ -173,14 +208,6 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_back(layout: Layout, path: Path) -> tuple[int, int]:
-    """Read a finished file strictly; return its number of samples and of regions.
-
-    Raises:
-        OSError: If anything in it is not as it should be.
-    """
-    samples = regions = 0
-    for sample in read_shard(path) if layout == "tar" else read_sidecar(path):
-        samples += 1
-        regions += len(sample.regions)
-    return samples, regions
+def _count(samples: Iterator[RegionSample]) -> tuple[int, int]:
+    counts = [len(sample.regions) for sample in samples]
+    return len(counts), sum(counts)

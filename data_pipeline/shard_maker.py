@@ -111,7 +111,7 @@ def digest_of(settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_rate(writer: ShardWriter, max_reject_rate: float) -> None:
+def check_rate(writer: ShardWriter[Any], max_reject_rate: float) -> None:
     """Refuse a shard of some size of which too much was lost.
 
     Args:

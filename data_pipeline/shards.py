@@ -13,15 +13,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from alpha_clip.regions import RegionSample
 from data_pipeline.locks import exclusive
 from data_pipeline.shard_files import (
-    SHARD_FILES,
-    Layout,
+    SampleT,
+    ShardFile,
+    TarShardFile,
     file_sha256,
-    read_back,
     read_shard,
     read_sidecar_with_pictures,
 )
@@ -73,22 +73,25 @@ class ShardManifest:
         return read_shard(directory / self.tar)
 
 
-class ShardWriter:
+class ShardWriter(Generic[SampleT]):
     """Collects the samples and rejects of one shard, then commits them all or none.
 
     Args:
         directory: The data set's folder.
         index: The shard's number.
-        layout: `tar` stores the pictures, `sidecar` leaves them where they are.
+        kind: What holds the samples: a tar with their pictures, or a file beside those.
     """
 
-    def __init__(self, directory: Path, index: int, layout: Layout = "tar") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        index: int,
+        kind: type[ShardFile[SampleT]] = TarShardFile,  # type: ignore[assignment]  # mypy #3737
+    ) -> None:
         self.directory = directory
         self.stem = f"{index:05d}"
-        self.layout = layout
         temporary = directory / ".tmp"
         temporary.mkdir(parents=True, exist_ok=True)
-        kind = SHARD_FILES[layout]
         self.path = temporary / f"{self.stem}-{uuid.uuid4().hex}{kind.suffix}"
         self.samples = 0
         self.regions = 0
@@ -100,17 +103,17 @@ class ShardWriter:
         """Samples that were rejected as a whole."""
         return sum(r.rid is None for r in self.rejects)
 
-    def write(self, sample: RegionSample, picture: bytes | None = None) -> None:
+    def write(self, sample: SampleT, picture: bytes = b"") -> None:
         """Add a sample.
 
         Args:
             sample: The sample.
-            picture: Its picture's bytes as they lie in the input; by default those it stores.
+            picture: Its picture's bytes as they lie in the input, if those are not what it stores.
 
         Raises:
             SampleError: If it is not sound; the shard stays as it was.
         """
-        self._file.write(sample, sample.jpeg if picture is None else picture)
+        self._file.write(sample, picture)
         self.samples += 1
         self.regions += len(sample.regions)
 
@@ -133,7 +136,7 @@ class ShardWriter:
         """
         self._file.close()
         _fsync(self.path)
-        if read_back(self.layout, self.path) != (self.samples, self.regions):
+        if self._file.read_back(self.path) != (self.samples, self.regions):
             raise OSError(f"{self.path} does not read back as it was written; is the disk sound?")
         manifest = self._manifest(config_hash, source)
         # Masks made on a GPU may differ in a pixel from worker to worker: one worker's files or
@@ -163,7 +166,7 @@ class ShardWriter:
     def _manifest(self, config_hash: str, source: str) -> ShardManifest:
         digest = file_sha256(self.path)
         lost_regions = sum(r.regions if r.rid is None else 1 for r in self.rejects)
-        sidecar = f"{self.stem}.regions.jsonl" if self.layout == "sidecar" else None
+        sidecar = None if self._file.pictures else self.stem + self._file.suffix
         origin = source if "://" in source else str(Path(source).absolute())
         return ShardManifest(
             tar=origin if sidecar else f"{self.stem}-{digest[:8]}.tar",

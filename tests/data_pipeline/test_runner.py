@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alpha_clip.regions import decode_rle
-from data_pipeline import runner, shards
+from data_pipeline import runner
 from data_pipeline.filters import Filters
 from data_pipeline.planning import RunSummary, plan
 from data_pipeline.runner import PipelineConfig, ShardTask, process_shard
@@ -16,7 +16,7 @@ from data_pipeline.segmenters.base import MaskPrediction, Segmenter
 from data_pipeline.segmenters.box import BoxSegmenter
 from data_pipeline.segmenters.grabcut import GrabCutSegmenter
 from data_pipeline.segmenters.sam import SamSegmenter
-from data_pipeline.shard_files import read_shard
+from data_pipeline.shard_files import TarShardFile, read_shard
 from data_pipeline.shards import read_manifests
 from data_pipeline.sources.base import BadShardError
 from data_pipeline.sources.grit import GritSource
@@ -122,7 +122,7 @@ def test_systemic_error_commits_nothing_and_cleans_up(inputs, tmp_path, segmente
 
 
 def test_failed_commit_leaves_nothing(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "read_back", lambda layout, path: (0, 0))
+    monkeypatch.setattr(TarShardFile, "read_back", staticmethod(lambda path: (0, 0)))
     with pytest.raises(OSError, match="does not read back"):
         process_shard(ShardTask(inputs[0], 0), tmp_path / "out", BOXES)
     assert files(tmp_path / "out") == []

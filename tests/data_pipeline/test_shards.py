@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from alpha_clip.regions import RegionAnnotation, RegionSample, SampleError, encode_rle
-from data_pipeline import shards
-from data_pipeline.shard_files import read_shard
+from data_pipeline.shard_files import TarShardFile, read_shard
 from data_pipeline.shards import ShardManifest, ShardWriter, read_manifests
 from data_pipeline.sources.base import Reject
 
@@ -207,17 +206,17 @@ def test_second_worker_with_the_same_bytes_changes_nothing(commit, tmp_path):
     assert after == before
 
 
-def lose_a_sample(layout, path):
+def lose_a_sample(path):
     return 1, 2
 
 
-def find_damage(layout, path):
+def find_damage(path):
     raise OSError(f"{path} is damaged")
 
 
 @pytest.mark.parametrize("broken", [lose_a_sample, find_damage])
 def test_nothing_is_visible_when_it_does_not_read_back(commit, tmp_path, monkeypatch, broken):
-    monkeypatch.setattr(shards, "read_back", broken)
+    monkeypatch.setattr(TarShardFile, "read_back", staticmethod(broken))
     with pytest.raises(OSError, match=r"does not read back|damaged"):
         commit()
     assert [name for name in files(tmp_path / "out") if not name.startswith(".tmp")] == []
