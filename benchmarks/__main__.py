@@ -12,6 +12,7 @@ from benchmarks.alpha_cost import alpha_cost
 from benchmarks.data import data
 from benchmarks.evaluation import evaluation
 from benchmarks.focus.driver import focus
+from benchmarks.ranking import ranking
 from benchmarks.regions import regions
 from benchmarks.text import text
 from benchmarks.training import training
@@ -22,6 +23,7 @@ BENCHMARKS = {
     "data": data,
     "evaluation": evaluation,
     "focus": focus,
+    "ranking": ranking,
     "regions": regions,
     "text": text,
     "training": training,

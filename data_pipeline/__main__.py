@@ -13,14 +13,14 @@ from jsonargparse import ArgumentParser
 from data_pipeline.engines.base import Engine
 from data_pipeline.engines.local import LocalEngine
 from data_pipeline.filters import Filters
+from data_pipeline.imagenet_job import ImageNetJob
 from data_pipeline.inspection import inspect_shards
-from data_pipeline.locks import clear_leftovers
-from data_pipeline.planning import Progress, RunSummary, plan
+from data_pipeline.planning import RunSummary
+from data_pipeline.run import make_shards
 from data_pipeline.runner import PipelineConfig
 from data_pipeline.segmenters.base import Segmenter
 from data_pipeline.segmenters.grabcut import GrabCutSegmenter
 from data_pipeline.shard_files import Layout
-from data_pipeline.shards import read_manifests
 from data_pipeline.sources.base import Source
 from data_pipeline.sources.grit import GritSource
 from data_pipeline.sources.scene_drawing import SceneConfig
@@ -121,22 +121,7 @@ class GritJob:
                 "expected --input (a pattern of GRIT tars, in quotes) and --output (a folder)"
             )
         inputs = self.source.shards(find_inputs(self.input))
-        output, config = Path(self.output), self.config()
-        clear_leftovers(output)
-        missing = plan(inputs, output, config)
-        tasks, done = self.engine.share(missing), len(inputs) - len(missing)
-        summary = RunSummary()
-        with Progress(done, done + len(tasks)) as progress:
-            for outcome in self.engine.run(tasks, output, config, self.workers, progress.tick):
-                summary.seconds.update(outcome.seconds)
-                if outcome.bad_input is not None:
-                    summary.bad_shards[outcome.task.path] = outcome.bad_input
-                if outcome.failure is not None:
-                    summary.failures[outcome.task.path] = outcome.failure
-                progress.shard()
-        for manifest in read_manifests(output).values():
-            summary.add(manifest)
-        return summary
+        return make_shards(inputs, Path(self.output), self.config(), self.engine, self.workers)
 
 
 @dataclass
@@ -190,9 +175,10 @@ class VerifyJob:
         return 1 if found.problems else 0
 
 
-JOBS: dict[str, type[ScenesJob] | type[GritJob] | type[InspectJob] | type[VerifyJob]] = {
+JOBS: dict[str, Any] = {
     "scenes": ScenesJob,
     "grit": GritJob,
+    "imagenet": ImageNetJob,
     "inspect": InspectJob,
     "verify": VerifyJob,
 }

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
-from typing import Any
+from abc import abstractmethod
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alpha_clip.regions import SampleError
+from data_pipeline.plugin import Plugin
 
 
 @dataclass(frozen=True)
@@ -27,31 +27,8 @@ class MaskPrediction:
     stability: float | None = None
 
 
-class Segmenter(ABC):
-    """Makes a mask for each box.
-
-    Subclasses are dataclasses: their fields are the settings that the config hash covers, and they
-    must be cheap to build and to pickle. Heavy weights are loaded by `load`, once a process.
-    """
-
-    def load(self) -> None:  # noqa: B027 - most segmenters have nothing to load
-        """Load weights; called before any work.
-
-        Raises:
-            ValueError: If they are missing or damaged.
-        """
-
-    def place(self, worker: int) -> None:  # noqa: B027 - most segmenters need no device
-        """Be told, before `load`, which of several workers on this machine this is.
-
-        Args:
-            worker: Its number; with several GPUs, each worker is to take another one.
-        """
-
-    def settings(self) -> dict[str, Any]:
-        """Return what decides the masks, for the config hash; by default every public field."""
-        shown: Any = self
-        return {f.name: getattr(self, f.name) for f in fields(shown) if not f.name.startswith("_")}
+class Segmenter(Plugin):
+    """Makes a mask for each box. See `Plugin` for what subclasses are."""
 
     def batch_size(self) -> int:
         """Return how many images `segment_batch` should be given at a time."""
