@@ -120,6 +120,8 @@ class KeptCandidates:
 
     def read(self, shard: str, index: int) -> Iterator[MaskedPicture | Reject]:
         """Yield the pictures with something kept; see `MaskedSource.read`."""
+        if index not in self._found.shards:
+            raise BadShardError(f"{shard} has no candidates; the masks' stage said why")
         kept = {rows[0].image: rows for rows in self._pictures(index)}
         for item in self.source.read(shard, kept) if kept else ():
             if isinstance(item, Reject):  # the first stage told of it

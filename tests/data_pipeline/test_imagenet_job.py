@@ -516,6 +516,24 @@ def test_the_command_makes_the_same(
     assert "is no synset" in capsys.readouterr().out
 
 
+def test_what_is_no_class_does_not_stop_the_others(
+    train: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(train.parent, tmp_path / "data")
+    draw(tmp_path / "data/train/cats/1.JPEG", 1)
+    draw(tmp_path / "data/train/n99999999/n99999999_1.JPEG", 1)
+    for _ in range(2):  # and again
+        assert job(tmp_path / "data/train", tmp_path / "out").run() == 0
+        told = capsys.readouterr().out
+        assert told.count("cats is no synset") == 1
+        assert told.count("has no name for the class 'n99999999'") == 1
+        assert told.count("has no candidates; the masks' stage said why") == 2
+    ranking = load_ranking(tmp_path / "out/ranking")
+    assert {w: c.kept for w, c in ranking.classes.items()} == {
+        w: c.kept for w, c in load_ranking(made / "ranking").classes.items()
+    }
+
+
 @pytest.mark.slow
 def test_photographs_go_the_whole_road(photos: Path, tmp_path: Path) -> None:
     arguments = ["imagenet", "--input", str(photos / "imagenet/train"), "--output", str(tmp_path)]
