@@ -143,7 +143,10 @@ class CaptionMaker(ShardMaker):
             yield _Item(item, image, cuts)
 
     def _cut(self, image: StoredImage, region: MaskedRegion) -> Foreground:
-        mask = decode_rle(region.rle)
+        try:
+            mask = decode_rle(region.rle)
+        except ValueError as error:
+            raise SampleError("bad_rle", str(error)) from error
         if mask.shape != image.rgb.shape[:2]:
             raise SampleError(
                 "size_mismatch", f"a mask of {mask.shape} on a picture of {image.rgb.shape[:2]}"

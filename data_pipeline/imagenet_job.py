@@ -20,7 +20,7 @@ from data_pipeline.engines.local import LocalEngine
 from data_pipeline.filters import Filters
 from data_pipeline.planning import RunSummary
 from data_pipeline.ranking import rank
-from data_pipeline.ranking_record import Keep, load_ranking
+from data_pipeline.ranking_record import Keep
 from data_pipeline.ranking_report import draw_ranking
 from data_pipeline.run import make_shards
 from data_pipeline.scorers.base import Scorer
@@ -28,7 +28,8 @@ from data_pipeline.scorers.contrast import ContrastScorer
 from data_pipeline.segmenters.grabcut_everything import GrabCutEverything
 from data_pipeline.sources.base import Reject
 from data_pipeline.sources.imagenet import ImageNetSource
-from data_pipeline.sources.masked import KeptCandidates
+from data_pipeline.sources.mask_imagenet import MaskImageNetSource
+from data_pipeline.sources.masked import KeptCandidates, MaskedSource
 
 Stage = Literal["masks", "ranking", "captions"]
 
@@ -39,6 +40,8 @@ class ImageNetJob:
 
     Attributes:
         input: Folders of classes (ImageNet's train folder), or patterns of tars, in quotes.
+        annotations: The published MaskImageNet, `M_ImageNet_top_460k.json`: masks and captions are
+            taken from there, and only the shards are left to make. The input is one folder then.
         output: Folder for `candidates`, `ranking`, `shards` and `instances.json`; what is there
             already is kept, and not made again.
         stages: What to do: `masks` finds everything in each picture and scores it, `ranking`
@@ -57,6 +60,7 @@ class ImageNetJob:
 
     input: str | list[str] | None = None
     output: str | None = None
+    annotations: str | None = None
     stages: list[Stage] = field(default_factory=lambda: ["masks", "ranking", "captions"])
     source: ImageNetSource = field(default_factory=ImageNetSource)
     segmenter: EverythingSegmenter = field(default_factory=GrabCutEverything)
@@ -81,6 +85,8 @@ class ImageNetJob:
                 "expected --input (ImageNet's train folder, or a pattern of tars in quotes) and "
                 "--output (a folder)"
             )
+        if self.annotations is not None:
+            return self._publish(Path(self.output))
         inputs, output = self.source.shards(self.input), Path(self.output)
         code = 0
         if "masks" in self.stages:
@@ -88,10 +94,8 @@ class ImageNetJob:
         if "ranking" in self.stages and not code:
             self._rank(inputs, output)
         if "captions" in self.stages and not code:
-            code = self._told(self._describe(inputs, output))
-            classes = {w: c.name for w, c in load_ranking(output / "ranking").classes.items()}
-            count = write_coco(output / "shards", classes, output / "instances.json")
-            print(f"{count} annotations in {output / 'instances.json'}")  # noqa: T201
+            source = KeptCandidates(self.source, output / "candidates", output / "ranking")
+            code = self._describe(source, inputs, output)
         return code
 
     def _told(self, summary: RunSummary) -> int:
@@ -117,7 +121,25 @@ class ImageNetJob:
 
         draw_ranking(candidates, ranking, open_picture, ranking)
 
-    def _describe(self, inputs: list[str], output: Path) -> RunSummary:
-        source = KeptCandidates(self.source, output / "candidates", output / "ranking")
+    def _describe(self, source: MaskedSource, inputs: list[str], output: Path) -> int:
         maker = CaptionMaker(source, self.captioner, self.words, self.max_reject_rate)
-        return make_shards(inputs, output / "shards", maker, self.engine, self.workers)
+        code = self._told(make_shards(inputs, output / "shards", maker, self.engine, self.workers))
+        file = output / "instances.json"
+        count = write_coco(output / "shards", self.source.class_name, file)
+        print(f"{count} annotations in {file}")  # noqa: T201
+        return code
+
+    def _publish(self, output: Path) -> int:
+        """Make shards of the published annotations."""
+        if not isinstance(self.input, str):
+            raise ValueError(
+                f"with --annotations, expected --input to be one folder, got {self.input}: the one "
+                "that holds n01440764 and others"
+            )
+        source = MaskImageNetSource(
+            str(self.annotations),
+            self.input,
+            self.source.class_names,
+            max_image_px=self.source.max_image_px,
+        )
+        return self._describe(source, source.shards(), output)

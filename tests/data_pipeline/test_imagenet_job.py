@@ -534,6 +534,37 @@ def test_what_is_no_class_does_not_stop_the_others(
     }
 
 
+def test_published_annotations_become_shards(train: Path, made: Path, tmp_path: Path) -> None:
+    """Records as MaskImageNet has them, of the regions that another run made."""
+    samples = [s for m in read_manifests(made / "shards").values() for s in m.read(made / "shards")]
+    said = "a small thing on a white background."
+    records = [
+        [0, 0, f"data/imagenet-21k/images/{s.id}", r.rle, [1, 1, 5, 5], 0, said]
+        for s in samples
+        for r in s.regions
+    ]
+    (tmp_path / "annotations.json").write_text(json.dumps(records))
+    words = Words(merge="{caption}, probably {class_name}")
+    published = job(train, tmp_path / "out", words=words)
+    published = replace(published, annotations=str(tmp_path / "annotations.json"))
+    assert published.run() == 0
+    assert verify_shards(tmp_path / "out/shards").problems == []
+    found = [
+        s
+        for m in read_manifests(tmp_path / "out/shards").values()
+        for s in m.read(tmp_path / "out/shards")
+    ]
+    assert {s.key: s.regions[0].rle for s in found} == {s.key: s.regions[0].rle for s in samples}
+    texts = {r.text for s in found for r in s.regions}
+    names = {"tench", "crane", "hourglass"}
+    assert texts == {f"a small thing, probably {name}" for name in names}
+    coco = COCO(str(tmp_path / "out/instances.json"))
+    assert {c["name"] for c in coco.cats.values()} == names
+    several = replace(published, input=[str(train)])
+    with pytest.raises(ValueError, match="expected --input to be one folder"):
+        several.run()
+
+
 @pytest.mark.slow
 def test_photographs_go_the_whole_road(photos: Path, tmp_path: Path) -> None:
     arguments = ["imagenet", "--input", str(photos / "imagenet/train"), "--output", str(tmp_path)]
