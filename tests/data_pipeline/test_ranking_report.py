@@ -331,5 +331,5 @@ def test_candidate_that_is_not_sound(made, tmp_path):
     parquet.write_table(table.set_column(place, table.schema.field(place), areas), path)
     vouch(folder, 0)
     rank(folder, tmp_path, Keep(top_k=1), progress=False)
-    with pytest.raises(OSError, match=r"damaged: row .* area than 7"):
+    with pytest.raises(OSError, match=r"damaged: row .* a mask of 480 pixels, not 7"):
         draw_ranking(folder, tmp_path, grey, tmp_path)
