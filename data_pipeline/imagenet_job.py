@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -88,6 +89,8 @@ class ImageNetJob:
         if self.annotations is not None:
             return self._publish(Path(self.output))
         inputs, output = self.source.shards(self.input), Path(self.output)
+        if {"masks", "captions"} <= set(self.stages):
+            copy(self.captioner).load()  # missing weights are told now, not after days of masks
         code = 0
         if "masks" in self.stages:
             code = self._told(self._find(inputs, output))

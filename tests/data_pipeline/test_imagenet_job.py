@@ -454,6 +454,15 @@ def test_a_captioner_that_says_nothing_loses_only_that(
     assert texts == {"something like a tench"}
 
 
+def test_a_captioners_missing_weights_are_told_before_the_masks(
+    train: Path, tmp_path: Path
+) -> None:
+    blip = BlipCaptioner(str(tmp_path / "none"), device="cpu")
+    with pytest.raises(ValueError, match="does not hold BLIP or BLIP-2"):
+        job(train, tmp_path / "out", captioner=blip).run()
+    assert not (tmp_path / "out").exists()
+
+
 def test_pictures_that_are_gone_or_others_are_told(train: Path, made: Path, tmp_path: Path) -> None:
     shutil.copytree(train.parent, tmp_path / "data")
     for stage in ("candidates", "ranking"):
