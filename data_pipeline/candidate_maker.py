@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from alpha_clip.regions import SampleError, encode_rle, read_image
 from data_pipeline.candidates import Candidate, CandidateFile, CandidateSample
-from data_pipeline.filters import Filters
+from data_pipeline.filters import Filters, box_around
+from data_pipeline.plugin import identity
 from data_pipeline.scorers.base import Scorer
 from data_pipeline.segmenters.base import MaskPrediction, is_device_failure
 from data_pipeline.shard_maker import ShardMaker, ShardTask, StageClock, check_rate, digest_of
@@ -68,9 +69,7 @@ class CandidateMaker(ShardMaker):
         """Digest of everything that decides the candidates."""
         parts: dict[str, Any] = {"filters": asdict(self.filters)}
         for name in ("source", "segmenter", "scorer"):
-            part = getattr(self, name)
-            kind = f"{type(part).__module__}.{type(part).__qualname__}"
-            parts[name] = {"class": kind, **part.settings()}
+            parts[name] = identity(getattr(self, name))
         return digest_of(parts)
 
     def check(self) -> None:
@@ -156,7 +155,7 @@ class CandidateMaker(ShardMaker):
         sound, rejects = [], []
         sized = [(int(np.count_nonzero(made.mask)), made) for made in found]
         for number, (area, made) in enumerate(sorted(sized, key=lambda pair: -pair[0])):
-            box = _box_around(made.mask) if area else (0.0, 0.0, 0.0, 0.0)
+            box = box_around(made.mask) if area else (0.0, 0.0, 0.0, 0.0)
             try:
                 self.filters.check_mask(made.mask, area, box, made.iou, made.stability)
                 sound.append((made, box, area))
@@ -166,11 +165,6 @@ class CandidateMaker(ShardMaker):
 
 
 _Box = tuple[float, float, float, float]
-
-
-def _box_around(mask: NDArray[np.bool_]) -> _Box:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
 def _candidate(

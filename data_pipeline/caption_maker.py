@@ -22,6 +22,7 @@ from data_pipeline.caption_text import NAME_IF_MISSING, merge, strip_background,
 from data_pipeline.captioners.base import Captioner
 from data_pipeline.captioners.template import TemplateCaptioner
 from data_pipeline.foreground import Background, Foreground, cut_out
+from data_pipeline.plugin import identity
 from data_pipeline.shard_maker import ShardMaker, ShardTask, StageClock, check_rate, digest_of
 from data_pipeline.shards import ShardManifest, ShardWriter
 from data_pipeline.sources.base import Reject
@@ -86,7 +87,7 @@ class CaptionMaker(ShardMaker):
     def hash(self) -> str:
         """Digest of everything that decides the shards."""
         parts = {"source": self.source.settings(), "words": vars(self.words)}
-        return digest_of({**parts, "captioner": self.captioner.identity()})
+        return digest_of({**parts, "captioner": identity(self.captioner)})
 
     def load(self) -> None:
         """Load the captioner's weights; see `ShardMaker.load`."""

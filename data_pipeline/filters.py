@@ -194,7 +194,7 @@ class Filters:
         if self.min_box_iou is not None:
             # The box in whole pixels: a mask that fills it has IoU 1.
             asked = Box(*box_xyxy_px).pixels(*mask.shape)
-            found = _box_around(mask)
+            found = box_around(mask)
             if (overlap := box_iou(found, asked)) < self.min_box_iou:
                 raise SampleError(
                     "mask_leaves_box",
@@ -257,10 +257,10 @@ def _without_article(words: list[str]) -> str:
     return " ".join(words[1:] if len(words) > 1 and words[0] in _ARTICLES else words)
 
 
-def _box_around(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-    """Return `x1, y1, x2, y2` (exclusive) around a mask that is not empty."""
+def box_around(mask: NDArray[np.bool_]) -> tuple[float, float, float, float]:
+    """Return `x1, y1, x2, y2` in pixels (exclusive) around a mask `[H, W]` that is not empty."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
 def _repetitions(ranked: list[RegionAnnotation], limit: float) -> dict[int, int]:

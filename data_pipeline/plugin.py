@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from dataclasses import fields
-from typing import Any
+from typing import Any, Protocol
 
 
 class Plugin(ABC):  # noqa: B024 - its subclasses have abstract methods
@@ -33,7 +33,14 @@ class Plugin(ABC):  # noqa: B024 - its subclasses have abstract methods
         shown: Any = self
         return {f.name: getattr(self, f.name) for f in fields(shown) if not f.name.startswith("_")}
 
-    def identity(self) -> dict[str, Any]:
-        """Return the settings, and whose they are."""
-        kind = f"{type(self).__module__}.{type(self).__qualname__}"
-        return {"class": kind, **self.settings()}
+
+class HasSettings(Protocol):
+    """A part that decides what comes out."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides it."""
+
+
+def identity(part: HasSettings) -> dict[str, Any]:
+    """Return a part's settings, and whose they are, for the config hash."""
+    return {"class": f"{type(part).__module__}.{type(part).__qualname__}", **part.settings()}

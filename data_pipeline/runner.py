@@ -21,6 +21,7 @@ from alpha_clip.regions import (
 from data_pipeline.annotation import annotate
 from data_pipeline.filters import Filters
 from data_pipeline.near_duplicates import NearDuplicates
+from data_pipeline.plugin import identity
 from data_pipeline.segmenters.base import Segmenter
 from data_pipeline.shard_files import SHARD_FILES, Layout
 from data_pipeline.shard_maker import ShardMaker, ShardTask, StageClock, check_rate, digest_of
@@ -53,10 +54,7 @@ class PipelineConfig(ShardMaker):
     def hash(self) -> str:
         """Digest of everything that decides the output's content."""
         parts: dict[str, object] = {"filters": asdict(self.filters), "layout": self.layout}
-        part: Source | Segmenter
-        for name, part in (("source", self.source), ("segmenter", self.segmenter)):
-            kind = f"{type(part).__module__}.{type(part).__qualname__}"
-            parts[name] = {"class": kind, **part.settings()}
+        parts |= {"source": identity(self.source), "segmenter": identity(self.segmenter)}
         return digest_of(parts)
 
     def check(self) -> None:

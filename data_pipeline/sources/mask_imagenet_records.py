@@ -11,10 +11,8 @@ from __future__ import annotations
 import re
 from typing import Any, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
-
 from alpha_clip.regions import SampleError, decode_rle, encode_rle, rle_area
+from data_pipeline.filters import box_around
 from data_pipeline.sources.masked import MaskedRegion
 
 _Box: TypeAlias = tuple[float, float, float, float]
@@ -72,7 +70,7 @@ def region_of(record: Any, rid: int, name: str, size: tuple[int, int]) -> Masked
     """
     counts, area = _mask(_field(record, _MASK), size)
     rle = {"size": [size[1], size[0]], "counts": counts}
-    box = _box(_field(record, _BOX), size) or _box_around(decode_rle(rle))
+    box = _box(_field(record, _BOX), size) or box_around(decode_rle(rle))
     return MaskedRegion(rid, name, box, rle, area, caption=_caption(_field(record, _CAPTION)))
 
 
@@ -113,11 +111,6 @@ def _box(given: Any, size: tuple[int, int]) -> _Box | None:
     if min(wide, high) < 0 or outside > _ROUNDING_PX:
         raise SampleError("bad_box", f"{given} (x, y, width, height) in a picture of {size} (W, H)")
     return (x1, y1, x2, y2) if outside <= 0 and x1 < x2 and y1 < y2 else None
-
-
-def _box_around(mask: NDArray[np.bool_]) -> _Box:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
 def _caption(given: Any) -> str:
