@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
+from alpha_clip.pooled import pooled_features
 from alpha_clip.regions import Region
 from alpha_clip.surgery import AlphaConv2d, sharing_rgb
 from alpha_clip.text import Tokenizer, encode_text
@@ -114,7 +115,8 @@ class AlphaClip(nn.Module):
         """
         joined = join_alpha(rgba, alpha, self.normalisation.whole_image)
         _check_finite(joined)
-        features = self._run(joined)
+        # A tower that was just given its alpha is in evaluation the CLIP it came from, to the bit.
+        features = self._run(joined, not self.visual.training and self._has_alpha_kernel())
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_regions(
@@ -155,20 +157,23 @@ class AlphaClip(nn.Module):
         _check_finite(rgb, alphas)
         owner = torch.arange(batch, device=rgb.device).repeat_interleave(regions)
         chunks = zip(owner.split(chunk), alphas.flatten(0, 1).split(chunk), strict=True)
-        if not any(isinstance(m, AlphaConv2d) for m in self.visual.modules()):  # folded
+        if not self._has_alpha_kernel():  # folded
             parts = [self.encode_image(rgb[image], alpha) for image, alpha in chunks]
         else:
             parts = []
             with sharing_rgb(rgb.to(self.dtype)) as shared:
                 for image, alpha in chunks:
                     shared.owner = image if batch > 1 else None
-                    parts.append(self._run(alpha))
+                    parts.append(self._run(alpha, exactly=False))
         features: Tensor = torch.cat(parts).unflatten(0, (batch, regions))
         return F.normalize(features, dim=-1) if normalize else features
 
-    def _run(self, inputs: Tensor) -> Tensor:
+    def _has_alpha_kernel(self) -> bool:
+        return any(isinstance(m, AlphaConv2d) for m in self.visual.modules())
+
+    def _run(self, inputs: Tensor, exactly: bool) -> Tensor:
         try:
-            out = self.visual(inputs.to(self.dtype))
+            return pooled_features(self.visual, inputs.to(self.dtype), exactly)
         except (RuntimeError, AssertionError) as error:
             if inputs.shape[-2:] == (self.image_size, self.image_size):
                 raise
@@ -177,8 +182,6 @@ class AlphaClip(nn.Module):
                 f"{list(inputs.shape[-2:])} ({error}); use its transform, or build it with "
                 "create_model(..., image_size=...)"
             ) from error
-        features: Tensor = out[0] if isinstance(out, tuple) else out  # CoCa's has its tokens, too
-        return features
 
     def encode_text(
         self, tokens: Int[Tensor, "batch context"], normalize: bool = False

@@ -27,6 +27,7 @@ from alpha_clip.factory import create_from_weights
 from alpha_clip.geometry import resize
 from alpha_clip.layouts import from_published
 from alpha_clip.model import AlphaClip, join_alpha
+from alpha_clip.pooled import short_way
 from alpha_clip.regions import Region, region_to_alpha
 from alpha_clip.transforms import Normalisation
 from alpha_clip.weights import read_weights_file
@@ -203,6 +204,7 @@ class _PublishedCalls:
 
     input_resolution: int
     whole_image: float
+    takes_short_way = True
 
     def forward(
         self, image: Tensor, alpha: Tensor | None = None, return_attn: bool = False
@@ -225,7 +227,8 @@ class _PublishedCalls:
         if alpha is not None or rgba.shape[1] == 3:
             rgba = join_alpha(rgba, alpha, self.whole_image)
         if not return_attn:
-            features: Tensor = super().forward(rgba)  # type: ignore[misc]
+            run = short_way(self) or super().forward  # type: ignore[arg-type,misc]
+            features: Tensor = run(rgba)
             return features
         features, attention = encode_with_attention(self, rgba)  # type: ignore[arg-type]
         return features, attention.flatten(0, 1)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from alpha_clip.batches import RegionBatch
 from alpha_clip.model import AlphaClip
+from alpha_clip.pooled import pooled_features
 
 
 class Throughput(L.Callback):
@@ -83,8 +84,8 @@ class Throughput(L.Callback):
 def flops_per_region(model: AlphaClip) -> float:
     """Return the floating-point operations of a training step for one region in the image tower.
 
-    Counted on a copy without memory; what is frozen costs no gradient of its own, and what
-    checkpointing computes again does not count.
+    Counted on a copy without memory, by the short way (`pooled_features`). What is frozen costs no
+    gradient of its own, and what checkpointing computes again does not count.
     """
     empty = {
         id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad)
@@ -95,8 +96,7 @@ def flops_per_region(model: AlphaClip) -> float:
         tower.set_grad_checkpointing(False)
     rgba = torch.zeros(1, 4, model.image_size, model.image_size, device="meta")
     with FlopCounterMode(display=False) as counter:
-        features = tower(rgba)
-        features = features[0] if isinstance(features, tuple) else features
+        features = pooled_features(tower, rgba)
         if features.requires_grad:
             features.sum().backward()
     return float(counter.get_total_flops())

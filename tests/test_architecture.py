@@ -22,6 +22,7 @@ LAYERS = [
         "alpha_clip.attention",
         "alpha_clip.attention_masking",
         "alpha_clip.dense",
+        "alpha_clip.pooled",
         "alpha_clip.text",
         "alpha_clip.geometry",
         "alpha_clip.pictures",

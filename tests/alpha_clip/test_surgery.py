@@ -82,7 +82,7 @@ def test_folding_keeps_the_features_and_drops_our_class(tower: tuple[nn.Module, 
     before, keys = visual(rgba), list(visual.state_dict())
     (name,) = [n for n, m in visual.named_modules() if isinstance(m, AlphaConv2d)]
     assert fold_alpha(visual) is visual
-    torch.testing.assert_close(visual(rgba), before, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(visual(rgba), before, rtol=1e-5, atol=5e-6)
     assert not any(isinstance(m, AlphaConv2d) for m in visual.modules())
     stem = visual.get_submodule(name)
     assert type(stem) is nn.Conv2d

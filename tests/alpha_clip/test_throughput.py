@@ -13,8 +13,9 @@ def test_a_step_of_vit_b_16_is_three_forward_passes() -> None:
     model, _, _ = alpha_clip.create_model("ViT-B-16")
     TrainableConfig().apply(model)
     flops = flops_per_region(model)
-    # 35 GFLOP forward; the first layer needs no gradient of its input.
-    assert flops == pytest.approx(3 * 35.1e9, rel=0.02)
+    # 35.1 GFLOP forward, less five sixths of the last of twelve blocks, which only the class token
+    # goes through to the end; the first layer needs no gradient of its input.
+    assert flops == pytest.approx(3 * 32.7e9, rel=0.02)
 
 
 def test_what_is_frozen_costs_less(tiny_name: str) -> None:
