@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -93,15 +94,15 @@ class ShardSource(Source):
         if len({Path(folder).resolve() for folder in data}) < len(data):
             raise ValueError(f"data names a folder twice: {', '.join(data)}")
         self._parts: dict[str, tuple[str, Shard, int]] = {}
+        wanted = math.inf if max_images is None else max_images
         for folder in data:
             prefix = f"{folder.rstrip('/')}/" if len(data) > 1 else ""
             for shard in find_shards([folder]):
-                left = shard.samples
-                if max_images is not None:
-                    left = min(left, max_images - sum(self.parts().values()))
-                if left > 0:
-                    about = [prefix, shard.file.name, shard.file.stat().st_size, left]
-                    self._parts[_named(len(self._parts), about)] = prefix, shard, left
+                count = int(min(shard.samples, wanted))
+                wanted -= count
+                if count > 0:
+                    about = [prefix, shard.file.name, shard.file.stat().st_size, count]
+                    self._parts[_named(len(self._parts), about)] = prefix, shard, count
 
     def parts(self) -> dict[str, int]:
         """Return the shards."""
