@@ -69,7 +69,8 @@ def read_image(data: bytes, max_px: int = MAX_IMAGE_PX) -> StoredImage:
     with _reasons():
         image = _open(data, max_px)
         if _is_plain(image):
-            return StoredImage(np.asarray(image.convert("RGB")), strip_exif(data), False)
+            rgb = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+            return StoredImage(np.asarray(rgb), strip_exif(data), False)
         jpeg = _encode(image)
         return StoredImage(np.asarray(Image.open(io.BytesIO(jpeg))), jpeg, True)
 
