@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -133,13 +136,25 @@ def start_worker(_: int) -> None:
     """Keep a worker to one core, and to its work: whoever ends a run, its parent ends it.
 
     A terminal's Ctrl-C and a cluster's SIGTERM reach every process; a run without its readers could
-    not finish the step that it saves behind.
+    not finish the step that it saves behind. The parent's own SIGTERM is obeyed: Python sends it to
+    processes that are left when a script ends, and waits for them.
     """
     torch.set_num_threads(1)
     for number in _ENDS:
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
+    parent = multiprocessing.parent_process()
+    if hasattr(signal, "sigwaitinfo") and parent is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what is ignored can't be waited for
+        threading.Thread(target=_end_when_told, args=(parent.pid,), daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):  # macOS does not say who sent a signal
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS)
+
+
+def _end_when_told(parent: int | None) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 @contextmanager

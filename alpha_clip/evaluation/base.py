@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from alpha_clip.drops import Drops
@@ -108,6 +109,7 @@ class Benchmark(ABC):
             file: `NAME.json` of the figures; what is written is called `NAME.` and something.
         """
 
+    @torch.inference_mode()
     def run(self, model: AlphaClip) -> Scores:
         """Evaluate a model in this process and keep nothing on disk.
 

@@ -100,8 +100,8 @@ class RegionViews:
         count = len(self.owner)
         another_image, another_object = [], []
         for place, image in enumerate(self.owner):
-            away = [(place + step) % count for step in range(count // 2, count + count // 2)]
+            away = ((place + step) % count for step in range(count // 2, count + count // 2))
             another_image.append(next((q for q in away if self.owner[q] != image), place))
-            near = [(place + step) % count for step in range(1, count)]
+            near = ((place + step) % count for step in range(1, count))
             another_object.append(next((q for q in near if self.owner[q] == image), place))
         return another_image, another_object

@@ -1,6 +1,10 @@
 """A stopped training stream goes on exactly where its state was taken."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -175,3 +179,42 @@ def test_the_state_is_plain(model: AlphaClip, sets: list[ShardSet], tmp_path: Pa
     place = Place.of(state["places"][0][0])
     assert place.draws >= 6
     assert isinstance(place.marks[1], Mark)
+
+
+_SCRIPT = """
+import os, signal, sys, time
+from torch.utils.data import DataLoader, Dataset
+from alpha_clip.loader import start_worker
+
+class Pids(Dataset):
+    def __len__(self):
+        return 1000
+    def __getitem__(self, index):
+        return os.getpid()
+
+if __name__ == "__main__":
+    batches = iter(DataLoader(Pids(), num_workers=1, worker_init_fn=start_worker))
+    print(int(next(batches)), flush=True)
+    sys.stdin.readline()
+    print(int(next(batches)), flush=True)
+"""
+
+
+def test_a_script_that_ends_in_the_middle_ends_and_signals_of_others_do_not_end_its_readers(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "script.py").write_text(_SCRIPT)
+    command = [sys.executable, str(tmp_path / "script.py")]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as script:
+        assert script.stdin is not None
+        assert script.stdout is not None
+        try:
+            worker = int(script.stdout.readline())
+            for number in (signal.SIGTERM, signal.SIGINT):  # as a cluster or a terminal does
+                os.kill(worker, number)
+            rest, _ = script.communicate("\n", timeout=60)
+        except BaseException:
+            script.kill()
+            raise
+    assert int(rest) == worker
+    assert script.returncode == 0

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from alpha_clip import create_model
 from alpha_clip.drops import Drops
 from alpha_clip.evaluation.focus_baselines import FOCUS
 from alpha_clip.evaluation.labelled import LabelledPicture, ShardRegions
@@ -343,3 +344,12 @@ def test_names_of_another_source_are_refused(
     benchmark = RegionClassification([str(two_shards)], str(file))
     with pytest.raises(ValueError, match="no region of the data has one of the names"):
         benchmark.run(model)
+
+
+def test_a_model_that_learns_is_evaluated_as_it_is(
+    tiny_name: str, two_shards: Path, names_file: str
+) -> None:
+    learning = create_model(tiny_name)[0].eval()
+    assert learning.visual.conv1.weight.requires_grad
+    benchmark = RegionClassification([str(two_shards)], names=names_file, focus=["alpha"])
+    assert "alpha" in benchmark.run(learning)
