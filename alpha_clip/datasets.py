@@ -16,6 +16,8 @@ from alpha_clip.sampling import Sampling
 from alpha_clip.streams import Place, Reader, ShardSet, endless, one_pass
 from alpha_clip.transforms import RegionAugment, RegionTransform
 
+_LARGE_BLOCK = 31 << 20  # bytes; from 32 MB on, glibc learns nothing from it
+
 
 class RegionShards(IterableDataset[LoadedSample]):
     """Streams the samples of the shards that fall to this process and worker.
@@ -63,6 +65,7 @@ class RegionShards(IterableDataset[LoadedSample]):
 
     def __iter__(self) -> Iterator[LoadedSample]:
         info = get_worker_info()
+        _keep_freed_memory()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         worker = (worker + self.first_worker) % workers
         drops = self.drops.reader(worker)
@@ -111,6 +114,15 @@ class RegionShards(IterableDataset[LoadedSample]):
             return [LoadedSample(rgb, alphas, texts, whole, picture)]
         alone = (slice(i, i + 1) for i in range(len(chosen)))
         return [LoadedSample(rgb, alphas[i], texts[i], whole[i], picture) for i in alone]
+
+
+def _keep_freed_memory() -> None:
+    """Let an image's tensors lie where those of the image before lay.
+
+    glibc returns freed memory to the kernel and takes it back page by page, up to a quarter of the
+    time of an image, until it has seen a large block freed. This one is not even touched.
+    """
+    np.empty(_LARGE_BLOCK, np.uint8)
 
 
 def _number(name: str) -> int:

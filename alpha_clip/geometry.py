@@ -15,6 +15,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from alpha_clip.rle import MaskStack
+
 Geometry = Literal["center_crop", "pad", "squash", "crop_box"]
 SharedGeometry = Literal["center_crop", "pad", "squash"]
 """The geometries that move all regions of an image in one way."""
@@ -81,7 +83,11 @@ def _interpolate(part: Tensor, target: list[int], mode: InterpolationMode) -> Te
 
 
 def make_square(
-    part: Part, size: int, geometry: Geometry, fill: RGB, colour: Interpolation = "bicubic"
+    part: Part | MaskStack,
+    size: int,
+    geometry: Geometry,
+    fill: RGB,
+    colour: Interpolation = "bicubic",
 ) -> Shaped[Tensor, "*batch channels size size"]:
     """Make colour or alpha square, by a geometry that needs no region.
 
@@ -92,6 +98,10 @@ def make_square(
         fill: Colour (0..1) of what `pad` adds.
         colour: How to interpolate colour.
     """
+    if isinstance(part, MaskStack):
+        how = (size, geometry, fill, colour)
+        fours = [make_square(torch.from_numpy(four)[:, None], *how) for four in part.fours()]
+        return torch.cat(fours)[: part.shape[0]]
     if geometry == "squash":
         return resize(part, [size, size], colour)
     if geometry == "pad":

@@ -6,7 +6,8 @@ runs are parsed with NumPy, compared with the stated size, and only then decoded
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from pycocotools import mask as coco_mask
 
 _MAX_PIXELS = 1 << 28  # 16k x 16k; pycocotools counts in 32 bits
 _MAX_BYTES_A_RUN = 7  # 5 bits each: enough for any 32-bit run
+_GROUPS = np.arange(64) & 31  # of a character: five bits, those of a run's last one signed
+_GROUPS[16:32] -= 32
+_STRIP = 64  # columns turned at a time: what is read and what is written stays in the cache
 
 
 def encode_rle(mask: NDArray[Any]) -> dict[str, Any]:
@@ -61,26 +65,122 @@ def rle_area(rle: Mapping[str, Any]) -> int:
     return int(rle_runs(rle)[1::2].sum())
 
 
+def rle_areas(rles: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return what `rle_area` does, of several masks at once, which is quicker.
+
+    Raises:
+        ValueError: As `decode_rle` does, because of any one of them.
+    """
+    return [int(runs[1::2].sum()) for runs in all_runs(rles)]
+
+
 def rle_runs(rle: Mapping[str, Any]) -> NDArray[np.int64]:
     """Return the checked run lengths (column-major, first outside); raises as `decode_rle` does."""
-    height, width = _size(rle)
-    counts = rle.get("counts")
-    if isinstance(counts, str | bytes):
-        runs = _parse_counts(counts)
-    elif isinstance(counts, Sequence) and all(type(c) is int and abs(c) < 1 << 32 for c in counts):
-        runs = np.array(counts, np.int64)
-    else:
-        raise ValueError(
-            f"RLE counts must be a string or a list of whole numbers, got {_brief(counts)}"
-        )
-    if (runs < 0).any():
-        raise ValueError(f"RLE runs must not be negative, got {int(runs.min())}")
-    if int(runs.sum()) != height * width:
-        raise ValueError(
-            f"RLE runs must sum to height * width = {height} * {width} = {height * width}, "
-            f"got {int(runs.sum())}; the mask is damaged or belongs to another image"
-        )
+    return all_runs([rle])[0]
+
+
+def all_runs(rles: Sequence[Mapping[str, Any]]) -> list[NDArray[np.int64]]:
+    """Return what `rle_runs` does, of several masks at once, which is quicker.
+
+    Raises:
+        ValueError: As `decode_rle` does, because of any one of them.
+    """
+    sizes = [_size(rle) for rle in rles]
+    counts = [rle.get("counts") for rle in rles]
+    texts = iter(_parse_texts([c for c in counts if isinstance(c, str | bytes)]))
+    runs = [next(texts) if isinstance(c, str | bytes) else _read_list(c) for c in counts]
+    for lengths, (height, width) in zip(runs, sizes, strict=True):
+        if (lengths < 0).any():
+            raise ValueError(f"RLE runs must not be negative, got {int(lengths.min())}")
+        if int(lengths.sum()) != height * width:
+            raise ValueError(
+                f"RLE runs must sum to height * width = {height} * {width} = {height * width}, "
+                f"got {int(lengths.sum())}; the mask is damaged or belongs to another image"
+            )
     return runs
+
+
+@dataclass(frozen=True)
+class MaskStack:
+    """Stored masks of one image, left as runs: measured and cut by these, then decoded together.
+
+    Attributes:
+        edges: Of each mask, where its runs of pixels inside start and end, column-major.
+        image_height: Height of the image, in pixels.
+        window: What is cut out of the image, in pixels: top, left, height, width.
+    """
+
+    edges: tuple[NDArray[np.int64], ...]
+    image_height: int
+    window: tuple[int, int, int, int]
+
+    @classmethod
+    def of(
+        cls, rles: Sequence[Mapping[str, Any] | None], height: int, width: int
+    ) -> MaskStack | None:
+        """Return the masks of an image; `None` if one is unsound, empty or of another size.
+
+        Args:
+            rles: COCO RLEs, or `None` for the whole image; at least one.
+            height: Height of the image, in pixels.
+            width: Width of the image, in pixels.
+        """
+        whole = {"size": [height, width], "counts": [0, height * width]}
+        stored = [whole if rle is None else rle for rle in rles]
+        try:
+            ends = [runs.cumsum() for runs in all_runs(stored)]
+        except ValueError:
+            return None
+        edges = tuple(end[: len(end) // 2 * 2] for end in ends)
+        stack = cls(edges, height, (0, 0, height, width))
+        fits = all(_size(rle) == (height, width) for rle in stored)
+        return stack if fits and all(map(len, edges)) and stack.areas().all() else None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The shape of the decoded masks: masks, 1, height, width."""
+        return (len(self.edges), 1, *self.window[2:])
+
+    def crop(self, top: int, left: int, height: int, width: int) -> MaskStack:
+        """Return the same masks in a window that lies in the image, in pixels of the image."""
+        return replace(self, window=(top, left, height, width))
+
+    def areas(self) -> NDArray[np.int64]:
+        """Return how many pixels of each mask lie in the window."""
+        top, left, height, width = self.window
+        columns, rows = np.divmod(np.concatenate(self.edges), self.image_height)
+        before = (columns - left) * height + np.clip(rows - top, 0, height)
+        before = np.clip(before, 0, height * width)  # pixels of the window that precede each edge
+        runs = before[1::2] - before[::2]
+        firsts = np.cumsum([0, *(len(edges) // 2 for edges in self.edges[:-1])])
+        areas: NDArray[np.int64] = np.add.reduceat(runs, firsts)
+        return areas
+
+    def fours(self) -> Iterator[NDArray[np.uint8]]:
+        """Yield alphas `[4, height, width]`, 0 or 255; the last mask is repeated up to four.
+
+        The four values of a pixel lie together: so torch resizes them as fast as one.
+        """
+        for first in range(0, len(self.edges), 4):
+            yield self._decode(self.edges[first : first + 4])
+
+    def _decode(self, edges: Sequence[NDArray[np.int64]]) -> NDArray[np.uint8]:
+        """Decode up to four masks at once: a pixel is one number of four bytes."""
+        top, left, height, width = self.window
+        bytes_of = np.eye(4, dtype=np.uint8)[: len(edges)] * np.uint8(255)
+        bytes_of[-1, len(edges) :] = 255
+        flips = np.repeat(bytes_of.view(np.uint32)[:, 0], [len(e) for e in edges])
+        places = np.concatenate(edges)
+        order = places.argsort(kind="stable")
+        values = np.concatenate([[np.uint32(0)], np.bitwise_xor.accumulate(flips[order])])
+        begin, end = left * self.image_height, (left + width) * self.image_height
+        seen = np.concatenate([[begin], np.clip(places[order], begin, end), [end]])
+        columns = np.repeat(values, seen[1:] - seen[:-1]).reshape(width, self.image_height)
+        pixels = np.empty((height, width), np.uint32)
+        for x in range(0, width, _STRIP):
+            pixels[:, x : x + _STRIP] = columns[x : x + _STRIP, top : top + height].T
+        alphas: NDArray[np.uint8] = pixels.view(np.uint8).reshape(height, width, 4)
+        return np.moveaxis(alphas, 2, 0)
 
 
 def _size(rle: Mapping[str, Any]) -> tuple[int, int]:
@@ -98,23 +198,37 @@ def _size(rle: Mapping[str, Any]) -> tuple[int, int]:
     return int(size[0]), int(size[1])
 
 
-def _parse_counts(counts: str | bytes) -> NDArray[np.int64]:
+def _read_list(counts: Any) -> NDArray[np.int64]:
+    if isinstance(counts, Sequence) and all(type(c) is int and abs(c) < 1 << 32 for c in counts):
+        return np.array(counts, np.int64)
+    raise ValueError(
+        f"RLE counts must be a string or a list of whole numbers, got {_brief(counts)}"
+    )
+
+
+def _parse_texts(texts: Sequence[str | bytes]) -> list[NDArray[np.int64]]:
     """Undo COCO's text code: 5-bit groups, sign extended, differences two runs back."""
-    raw = counts.encode("utf-8", "surrogatepass") if isinstance(counts, str) else counts
-    code = np.frombuffer(raw, np.uint8).astype(np.int64) - 48
-    if code.size == 0 or (code < 0).any() or (code > 63).any() or code[-1] & 32:
-        raise ValueError(f"RLE counts are not COCO's compressed text, got {_brief(counts)}")
-    last = np.flatnonzero((code & 32) == 0)
+    raws = [t.encode("utf-8", "surrogatepass") if isinstance(t, str) else t for t in texts]
+    if not raws:
+        return []
+    code = np.frombuffer(b"".join(raws), np.uint8) - np.uint8(48)  # below 48, it wraps around
+    ends = np.cumsum([len(raw) for raw in raws])
+    if not all(raws) or code.max() > 63 or (code[ends - 1] & 32).any():
+        got = _brief(texts if len(texts) > 1 else texts[0])
+        raise ValueError(f"RLE counts are not COCO's compressed text, got {got}")
+    last = np.flatnonzero(code < 32)
     first = np.concatenate([[0], last[:-1] + 1])
     length = last - first + 1
     if int(length.max()) > _MAX_BYTES_A_RUN:
         raise ValueError("RLE counts hold a run of more than 32 bits; the mask is damaged")
     place = np.arange(code.size) - np.repeat(first, length)
-    values = np.add.reduceat((code & 31) << (5 * place), first)
-    values -= np.where(code[last] & 16, 1 << (5 * length), 0)
-    values[1::2] = np.cumsum(values[1::2])  # from the fourth run on, the text holds differences
-    values[2::2] = np.cumsum(values[2::2])
-    return values
+    values = np.add.reduceat(_GROUPS[code] << (5 * place), first)
+    stops = np.searchsorted(last, ends).tolist()
+    parts = [values[i:j] for i, j in zip([0, *stops], stops, strict=False)]
+    for part in parts:  # from the fourth run on, the text holds differences
+        part[1::2] = np.cumsum(part[1::2])
+        part[2::2] = np.cumsum(part[2::2])
+    return parts
 
 
 def _brief(value: object) -> str:

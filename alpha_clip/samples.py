@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from alpha_clip.jpegs import SampleError, jpeg_size
-from alpha_clip.rle import rle_area
+from alpha_clip.rle import rle_area, rle_areas
 
 SCHEMA_VERSION = 1
 PhraseKind = Literal["ref_exp", "noun_chunk", "class", "caption"]
@@ -49,8 +50,13 @@ class RegionAnnotation:
     stability: float | None = None
     clip: float | None = None
 
-    def check(self, sample: RegionSample) -> None:
-        """Raise `SampleError` if this region is not a sound one of `sample`."""
+    def check(self, sample: RegionSample, mask_px: int | None = None) -> None:
+        """Raise `SampleError` if this region is not a sound one of `sample`.
+
+        Args:
+            sample: The sample.
+            mask_px: Pixels of the mask, where it has been checked and measured already.
+        """
         if not isinstance(self.text, str) or not self.text.strip():
             raise SampleError("empty_phrase", f"region {self.rid} has no text")
         if self.kind not in get_args(PhraseKind):
@@ -70,7 +76,7 @@ class RegionAnnotation:
                 f"mask size {self.rle.get('size')} in an image of {sample.h}, {sample.w}",
             )
         try:
-            area = rle_area(self.rle)
+            area = rle_area(self.rle) if mask_px is None else mask_px
         except ValueError as error:
             raise SampleError("bad_rle", str(error)) from error
         if area != self.area or area == 0:
@@ -125,12 +131,19 @@ class RegionSample:
             raise SampleError("no_regions", f"sample {self.key} has no region")
         if len({r.rid for r in self.regions}) != len(self.regions):
             raise SampleError("duplicate_rid", f"sample {self.key} uses a region number twice")
-        for region in self.regions:
-            region.check(self)
+        for region, mask_px in zip(self.regions, self._masks_px(), strict=True):
+            region.check(self, mask_px)
         try:
             "".join([self.caption, str(self.id), *(r.text for r in self.regions)]).encode()
         except UnicodeEncodeError as error:  # a lone surrogate, which JSON can carry, UTF-8 can't
             raise SampleError("bad_text", str(error)) from error
+
+    def _masks_px(self) -> Sequence[int | None]:
+        """Return the areas of all masks if all are sound; else each tells by itself what it is."""
+        if all(isinstance(region.rle, Mapping) for region in self.regions):
+            with suppress(ValueError):
+                return rle_areas([region.rle for region in self.regions])
+        return [None] * len(self.regions)
 
 
 def pack_sample(sample: RegionSample) -> tuple[bytes, bytes]:
@@ -159,7 +172,8 @@ def parse_sample(key: str, jpeg: bytes, text: bytes) -> RegionSample:
 
 def to_record(sample: RegionSample) -> dict[str, Any]:
     """Return all of a sample but its key and its picture, as plain JSON values."""
-    record: dict[str, Any] = {"v": SCHEMA_VERSION, **asdict(sample)}
+    regions = tuple(dict(vars(region)) for region in sample.regions)
+    record: dict[str, Any] = {"v": SCHEMA_VERSION, **vars(sample), "regions": regions}
     del record["key"], record["jpeg"]
     if not record["reencoded"]:
         del record["reencoded"]

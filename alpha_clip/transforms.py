@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float, Shaped, UInt8
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -28,6 +30,7 @@ from alpha_clip.geometry import (
 )
 from alpha_clip.pictures import Picture, split_batch, split_channels
 from alpha_clip.regions import Region
+from alpha_clip.rle import MaskStack
 
 ALPHA_MEAN = 0.5  # what published weights expect: (alpha - 0.5) / 0.26
 ALPHA_STD = 0.26
@@ -47,7 +50,8 @@ class Normalisation:
     def rgb(self, pixels: Shaped[Tensor, "*batch 3 height width"]) -> Float[Tensor, ...]:
         """Normalise colour, uint8 0..255 or floating 0..1."""
         ours = not pixels.is_floating_point()  # then it may be changed in place
-        unit = pixels.float().div_(255) if ours else pixels
+        # Where the three values of each pixel lie together, the arithmetic takes twice as long.
+        unit = pixels.contiguous().float().div_(255) if ours else pixels
         rgb: Tensor = F.normalize(unit, list(self.mean), list(self.std), inplace=ours)
         return rgb
 
@@ -155,7 +159,7 @@ class RegionTransform:
                 "many shares one picture among all regions, but crop_box cuts a window for each; "
                 "use stack(image, regions), which gives [regions, 4, size, size]"
             )
-        rgb, alphas = (self._fit(part) for part in split_channels(image, regions))
+        rgb, alphas = (self._fit(part) for part in _split(image, regions))
         return self.normalisation.rgb(rgb), self.normalisation.alpha(alphas)
 
     def stack(
@@ -186,7 +190,7 @@ class RegionTransform:
         how = (window, self.size, self.normalisation.mean, self.interpolation)
         return cut_window(rgb, *how), cut_window(alpha, *how)
 
-    def _fit(self, part: Tensor) -> Tensor:
+    def _fit(self, part: Tensor | MaskStack) -> Tensor:
         square = make_square(
             part, self.size, self.geometry, self.normalisation.mean, self.interpolation
         )
@@ -249,24 +253,41 @@ class RegionAugment:
         self, image: Picture, regions: Sequence[Region]
     ) -> tuple[Float[Tensor, "3 size size"], Float[Tensor, "regions 1 size size"]]:
         """As `RegionTransform.many`, with random geometry shared by the image and its regions."""
-        rgb, alphas = split_channels(image, regions)
+        rgb, alphas = _split(image, regions)
         if self.crop is not None:
             rgb, alphas = self._crop(rgb, alphas, self.crop)
         how = (self.size, self.geometry, self.normalisation.mean, self.interpolation)
-        rgb, alphas = (make_square(part, *how) for part in (rgb, alphas))
+        square, marked = (make_square(part, *how) for part in (rgb, alphas))
         if float(torch.rand(())) < self.flip:
-            rgb, alphas = rgb.flip(-1), alphas.flip(-1)
+            square, marked = square.flip(-1), marked.flip(-1)
         if self.jitter is not None:
-            rgb = self.jitter(rgb)
-        return self.normalisation.rgb(rgb), self.normalisation.alpha(alphas)
+            square = self.jitter(square)
+        return self.normalisation.rgb(square), self.normalisation.alpha(marked)
 
     def _crop(
-        self, rgb: Tensor, alphas: Tensor, crop: v2.RandomResizedCrop
-    ) -> tuple[Tensor, Tensor]:
+        self, rgb: Tensor, alphas: Tensor | MaskStack, crop: v2.RandomResizedCrop
+    ) -> tuple[Tensor, Tensor | MaskStack]:
         """Cut one window out of both, unless it would cut too much of a region away."""
         window = crop.make_params([rgb])
-        cut = F.crop(alphas, **window)
-        kept, whole = (part.float().sum((1, 2, 3)) for part in (cut, alphas))  # quicker than uint8
+        cut: Tensor | MaskStack
+        cut = alphas.crop(**window) if isinstance(alphas, MaskStack) else F.crop(alphas, **window)
+        kept, whole = (_areas(part) for part in (cut, alphas))
         if (kept < self.min_kept * (1 - 1e-6) * whole).any():
             return rgb, alphas
         return F.crop(rgb, **window), cut
+
+
+def _split(image: Picture, regions: Sequence[Region]) -> tuple[Tensor, Tensor | MaskStack]:
+    """As `split_channels`, but stored masks of an RGB picture are left as runs."""
+    stored = [r for r in regions if r is None or isinstance(r, Mapping)]
+    if isinstance(image, Image.Image) and image.mode == "RGB" and 0 < len(stored) == len(regions):
+        masks = MaskStack.of(stored, image.height, image.width)
+        if masks is not None:
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1), masks
+    return split_channels(image, regions)  # which says what is wrong with a mask, if that is why
+
+
+def _areas(alphas: Tensor | MaskStack) -> Tensor:
+    if isinstance(alphas, MaskStack):
+        return torch.from_numpy(alphas.areas())
+    return alphas.float().sum((1, 2, 3))  # quicker than of uint8

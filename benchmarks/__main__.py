@@ -4,44 +4,54 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
+from typing import Any
 
-import torch
 from jsonargparse import auto_cli
 
-from benchmarks.alpha_cost import alpha_cost
-from benchmarks.data import data
+from benchmarks.encode import encode
 from benchmarks.evaluation import evaluation
 from benchmarks.focus.driver import focus
+from benchmarks.gpu import gpu
+from benchmarks.growth import growth
+from benchmarks.pipeline import pipeline
 from benchmarks.ranking import ranking
+from benchmarks.reader import reader
 from benchmarks.regions import regions
 from benchmarks.text import text
 from benchmarks.training import training
 from benchmarks.training_step import training_step
 
-BENCHMARKS = {
-    "alpha_cost": alpha_cost,
-    "data": data,
-    "evaluation": evaluation,
-    "focus": focus,
-    "ranking": ranking,
+BENCHMARKS: dict[str, Callable[..., Any]] = {
+    "encode": encode,
     "regions": regions,
-    "text": text,
-    "training": training,
     "training_step": training_step,
+    "training": training,
+    "reader": reader,
+    "text": text,
+    "evaluation": evaluation,
+    "pipeline": pipeline,
+    "ranking": ranking,
+    "growth": growth,
+    "gpu": gpu,
+    "focus": focus,
 }
+ALONE = {"gpu": "needs a GPU", "focus": "takes an hour"}
+WITH_CLONE = ("encode", "regions", "training_step")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one benchmark, or each with its defaults."""
+    """Run one benchmark, or all with their defaults; `all --published CLONE` compares."""
     logging.disable(logging.WARNING)  # open_clip says that the weights are random; so they are
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["all"]:
         for name in BENCHMARKS:
-            if name == "focus" or (name == "training_step" and not torch.cuda.is_available()):
-                why = "takes an hour" if name == "focus" else "needs a GPU"
-                sys.stdout.write(f"{name}: left out, it {why}\n")
+            if name in ALONE:
+                sys.stdout.write(f"\n{name}: left out, it {ALONE[name]}\n")
                 continue
-            auto_cli(BENCHMARKS, args=[name, *arguments[1:]], as_positional=False)
+            sys.stdout.write(f"\n{name}\n")
+            given = arguments[1:] if name in WITH_CLONE else []
+            auto_cli(BENCHMARKS, args=[name, *given], as_positional=False)
     else:
         auto_cli(BENCHMARKS, args=arguments, as_positional=False, prog="python -m benchmarks")
 

@@ -17,8 +17,9 @@ from alpha_clip.factory import create_model
 from alpha_clip.model import AlphaClip
 from alpha_clip.reader import find_shards, read_samples
 from alpha_clip.regions import decode_jpeg, decode_rle
-from benchmarks.data import write_shard
-from benchmarks.timing import Row, compare, report
+from benchmarks.pictures import write_shard
+from benchmarks.table import report
+from benchmarks.timing import Row, compare
 
 
 def evaluation(

@@ -15,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from alpha_clip.regions import encode_rle
-from benchmarks.timing import Row, compare, report
+from benchmarks.table import report
+from benchmarks.timing import Row, compare
 from data_pipeline.candidates import Candidate, CandidateFile, CandidateSample
 from data_pipeline.shard_files import file_sha256
 from data_pipeline.shards import ShardManifest

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from alpha_clip import create_model
-from benchmarks.timing import Row, compare, report
+from benchmarks.table import report
+from benchmarks.timing import Row, compare
 
 LABELS = ("dog", "fire engine", "wooden spoon", "purple dress", "bouquet of pink flowers")
 

@@ -27,8 +27,9 @@ from alpha_clip.module import AlphaClipModule, EncoderConfig
 from alpha_clip.optim import create_optimizer, create_schedule
 from alpha_clip.progress import RunProgress
 from alpha_clip.throughput import Throughput
-from benchmarks.data import write_shard
-from benchmarks.timing import Row, compare, report
+from benchmarks.pictures import write_shard
+from benchmarks.table import report
+from benchmarks.timing import Row, compare
 
 
 def training(

@@ -1,17 +1,17 @@
 """One training step of a large tower: speed, memory and MFU, beside the published implementation.
 
-That is run from a clone of its repository (SunzeY/AlphaCLIP; it needs `pip install loralib`), with
-random weights in the same sizes: fp16 autocast with a gradient scaler, attention by an explicit
-softmax, texts of 77 tokens, separate convolutions.
+That is run from a clone of its repository, with random weights in the same sizes, as its training
+script does: attention by an explicit softmax, texts of 77 tokens, separate convolutions; on a GPU
+fp16 autocast with a gradient scaler, on the CPU, which has no fast fp16, fp32.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,88 +21,122 @@ from alpha_clip.batches import RegionBatch
 from alpha_clip.module import AlphaClipModule, EncoderConfig
 from alpha_clip.optim import create_optimizer
 from alpha_clip.throughput import flops_per_region
-from benchmarks.timing import Row, compare, report
+from benchmarks.machine import at_matmul_rate
+from benchmarks.published import published_clip, published_code
+from benchmarks.table import report, spread
+from benchmarks.timing import Row, measure
 from benchmarks.training import random_batch
+
+OURS, WHOLE_TEXT, COMPILED, PUBLISHED = "ours", "ours, text not cut", "ours, compiled", "published"
 
 
 def training_step(
-    name: str = "ViT-L-14",
-    images: int = 64,
+    name: str | None = None,
+    images: int | None = None,
     published: Path | None = None,
-    compile: bool = False,
-    rounds: int = 10,
-    device: str = "cuda",
+    compile: bool | None = None,
+    rounds: int = 20,
+    budget_s: float = 60,
+    device: str = "cpu",
     output: Path = Path("runs/benchmarks/training_step.csv"),
 ) -> list[Row]:
-    """Time a training step with two regions an image, and measure its memory.
+    """Time a training step with two regions an image; ours, with its texts cut, is 1.
+
+    "Of floor" is the forward and backward pass of the image tower at the rate of a large matrix
+    product in the same round; on GPUs whose peak is known, MFU is printed as well.
 
     Args:
-        name: An open_clip ViT of OpenAI's layout.
-        images: Images a step.
-        published: A clone of the published repository, to compare with; `None` compares with our
-            own step in eager fp32.
-        compile: Whether our tower goes through `torch.compile`.
-        rounds: How often to measure.
-        device: Where to train; on the CPU there is no memory to report.
+        name: An open_clip ViT of OpenAI's layout; ViT-L-14 on a GPU, else ViT-B-16.
+        images: Images a step; 64 on a GPU, else 4.
+        published: A clone of https://github.com/SunzeY/AlphaCLIP, to compare with.
+        compile: Whether to compile our tower, too; on GPUs by default.
+        rounds: How often to measure, at most.
+        budget_s: Seconds after which five rounds are enough.
+        device: Where to train; bf16 on a GPU, else fp32. Memory is measured on GPUs only.
         output: CSV file for the table.
     """
-    module = AlphaClipModule(EncoderConfig(name=name), compile=compile).to(device)
+    gpu = device.startswith("cuda")
+    dtype = torch.bfloat16 if gpu else torch.float32
+    encoder = EncoderConfig(name=name or ("ViT-L-14-quickgelu" if gpu else "ViT-B-16-quickgelu"))
+    images = images or (64 if gpu else 4)
+    module = AlphaClipModule(encoder).to(device).train()
     batch = random_batch(module, images, device)
-    first: dict[str, Callable[[], object]] = (
-        {"fp32, eager": _our_step(module, batch, torch.float32)}
-        if published is None
-        else {"published": _published_step(published, module, batch)}
+    ways: dict[str, Callable[[], object]] = {
+        OURS: our_step(module, batch, dtype),
+        WHOLE_TEXT: our_step(module, batch, dtype, cut=False),
+    }
+    if gpu if compile is None else compile:
+        compiled = AlphaClipModule(encoder, compile=True).to(device).train()
+        ways[COMPILED] = our_step(compiled, batch, dtype)
+    if published is not None:
+        ways[PUBLISHED] = published_step(published, module, batch)
+    regions = 2 * images
+    flops = regions * flops_per_region(module.model)
+    found = measure(
+        f"{module.model.name}, {regions} regions, {'bf16' if gpu else 'fp32'}",
+        *(ways, rounds, device),
+        budget_s=budget_s,
+        items=regions,
+        floor=at_matmul_rate(flops, device, dtype),
     )
-    half = {"ours, bf16": _our_step(module, batch, torch.bfloat16)}
-    # Few CPUs compute in bf16; the others imitate it, many times slower.
-    whole = {"ours, fp32": _our_step(module, batch, torch.float32)}
-    ways = {**first, **(half if device.startswith("cuda") else whole)}
-    memory = {way: _peak(step, device) for way, step in ways.items()}  # GiB
-    rows = compare(f"{2 * images} regions of {name}", ways, rounds, device)
-    report(rows, output)
-    peak = get_available_flops(torch.device(device), torch.bfloat16)
-    flops = 2 * images * flops_per_region(module.model)
-    for row in rows:
-        words = f"{row.variant}: {2000 * images / row.milliseconds:.1f} regions/s"
-        if peak:
-            words += f", {100 * 1000 * flops / row.milliseconds / peak:.1f} % MFU"
-        if memory[row.variant]:
-            words += f", {memory[row.variant]:.1f} GiB at the peak"
-        sys.stdout.write(words + "\n")
+    rows = found.rows()
+    report(rows, output, "the image tower's passes at the rate of a large matrix product")
+    sys.stdout.write(spread([found], PUBLISHED, OURS))
+    peak = get_available_flops(torch.device(device), dtype)
+    if peak:
+        shares = [f"{way} {flops / found.median(way) / peak:.1%}" for way in ways]
+        sys.stdout.write(f"MFU: {', '.join(shares)}\n")
     return rows
 
 
-def _our_step(
-    module: AlphaClipModule, batch: RegionBatch, dtype: torch.dtype
-) -> Callable[[], object]:
-    optimizer = create_optimizer(module.model.named_parameters(), module.roles, module.optim)
-    half = dtype != torch.float32
+def our_step(
+    module: AlphaClipModule, batch: RegionBatch, dtype: torch.dtype, cut: bool = True
+) -> Callable[[], torch.Tensor]:
+    """Return a step that says its loss.
 
-    def step() -> None:
-        with torch.autocast(batch.rgb.device.type, dtype, enabled=half):
-            loss = module.loss(module(batch), module.model.logit_scale.exp(), None)
+    Args:
+        module: What to train.
+        batch: On its device.
+        dtype: Of autocast; fp32 is without.
+        cut: Whether the texts are cut to the longest, as the module does by itself.
+    """
+    optimizer = create_optimizer(module.model.named_parameters(), module.roles, module.optim)
+    encode = partial(module.model.clip.encode_text, batch.tokens, normalize=True)
+
+    def step() -> torch.Tensor:
+        with torch.autocast(batch.rgb.device.type, dtype, enabled=dtype != torch.float32):
+            given = batch
+            if not cut:
+                with torch.no_grad():
+                    given = replace(batch, text=encode())
+            loss: torch.Tensor = module.loss(module(given), module.model.logit_scale.exp(), None)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        return loss.detach()
 
     return step
 
 
-def _published_step(
+def published_step(
     clone: Path, module: AlphaClipModule, batch: RegionBatch
-) -> Callable[[], object]:
+) -> Callable[[], torch.Tensor]:
+    """Return the published script's step for the same batch; it says its loss.
+
+    Raises:
+        ValueError: If that is no clone of the published repository.
+    """
     device = batch.rgb.device
-    model = _published_model(clone, module).to(device)
-    learns = list(model.visual.parameters())
-    optimizer = torch.optim.AdamW(learns, lr=1e-6)
-    on_gpu = device.type == "cuda"
-    scaler = torch.amp.GradScaler(device.type, enabled=on_gpu)
+    model = published_clip(published_code(clone), module.model)
+    optimizer = torch.optim.AdamW(model.visual.parameters(), lr=1e-6)
+    half = device.type == "cuda"
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
     rgb = batch.rgb.repeat_interleave(batch.alphas.shape[1], 0)
     alphas, target = batch.alphas.flatten(0, 1), torch.arange(len(rgb), device=device)
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         optimizer.zero_grad()
-        with torch.autocast(device.type, torch.float16 if on_gpu else None, enabled=on_gpu):
+        with torch.autocast(device.type, torch.float16 if half else None, enabled=half):
             image = F.normalize(model.visual(rgb, alphas), dim=-1)
             with torch.no_grad():
                 text = F.normalize(model.encode_text(batch.tokens), dim=-1)
@@ -112,37 +146,6 @@ def _published_step(
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
+        return loss.detach()
 
     return step
-
-
-def _published_model(clone: Path, module: AlphaClipModule) -> Any:
-    """Build the published CLIP in the sizes of ours, in fp32, as its training script does."""
-    file = clone / "alpha_clip" / "model.py"
-    spec = importlib.util.spec_from_file_location("published_alpha_clip", file)
-    if spec is None or spec.loader is None or not file.is_file():
-        raise ValueError(f"{file} is missing; give a clone of SunzeY/AlphaCLIP")
-    code = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(code)
-    vision, text = module.model.config["vision_cfg"], module.model.config["text_cfg"]
-    model = code.CLIP(
-        module.model.config["embed_dim"],
-        *(vision["image_size"], vision["layers"], vision["width"], vision["patch_size"]),
-        *(text["context_length"], text["vocab_size"], text["width"]),
-        *(text["width"] // 64, text["layers"]),
-        lora_adapt=False,
-        rank=-1,
-    )
-    model.float().train().requires_grad_(False)
-    model.visual.requires_grad_(True)
-    return model
-
-
-def _peak(step: Callable[[], object], device: str) -> float:
-    """Return the most memory that a step takes, in GiB, with all that it is for."""
-    if not device.startswith("cuda"):
-        return 0.0
-    step()
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    return torch.cuda.max_memory_allocated(device) / 2**30
