@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from alpha_clip.rle import MaskStack
+from alpha_clip.mask_stack import MaskStack
 
 Geometry = Literal["center_crop", "pad", "squash", "crop_box"]
 SharedGeometry = Literal["center_crop", "pad", "squash"]

@@ -109,6 +109,9 @@ def _class_token(visual: Any, inputs: Tensor) -> Tensor:
 
 
 def _asked_once(visual: Any, inputs: Tensor) -> Tensor:
+    if inputs.device.type == "cpu" and not torch.compiler.is_compiling():
+        # A batch of 8 takes a fifth less time so.
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
     x = visual.stem(inputs)
     for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
         x = layer(x)

@@ -57,7 +57,7 @@ def find_shards(directories: list[str], originals: str | None = None) -> list[Sh
     """
     shards = []
     for directory in directories:
-        manifests = sorted(Path(directory).glob("*.done.json"))
+        manifests = sorted(Path(directory).glob("*.done.json"), key=lambda file: file.name)
         if not manifests:
             raise ValueError(
                 f"{directory} holds no finished shards (NNNNN.done.json); make them with "

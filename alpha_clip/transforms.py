@@ -28,9 +28,9 @@ from alpha_clip.geometry import (
     make_square,
     window_around,
 )
+from alpha_clip.mask_stack import MaskStack
 from alpha_clip.pictures import Picture, split_batch, split_channels
 from alpha_clip.regions import Region
-from alpha_clip.rle import MaskStack
 
 ALPHA_MEAN = 0.5  # what published weights expect: (alpha - 0.5) / 0.26
 ALPHA_STD = 0.26

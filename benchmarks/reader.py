@@ -32,9 +32,9 @@ from torchvision.transforms import v2
 from alpha_clip.datasets import RegionShards
 from alpha_clip.drops import Drops
 from alpha_clip.geometry import make_square
+from alpha_clip.mask_stack import MaskStack
 from alpha_clip.reader import Shard, find_shards, read_samples
 from alpha_clip.regions import RegionSample, decode_jpeg, parse_sample
-from alpha_clip.rle import MaskStack
 from alpha_clip.sampling import Sampling
 from alpha_clip.streams import ShardSet
 from alpha_clip.transforms import Normalisation, RegionAugment, RegionTransform
@@ -180,7 +180,7 @@ def _stage_rows(
     every = found.seconds["all"]
     parts = spent[-len(every) :]  # without those of warming up
     seconds = {"all": every} | {name: [part[name] for part in parts] for name in parts[0]}
-    rest = [max(0.0, a - sum(part.values())) for a, part in zip(every, parts, strict=True)]
+    rest = [max(1e-9, a - sum(part.values())) for a, part in zip(every, parts, strict=True)]
     found = replace(found, seconds=seconds | {"the rest": rest, FLOOR: found.seconds[FLOOR]})
     first, *others = found.rows()
     return [replace(first, of_floor=found.ratio(FLOOR, "all")[0]), *others]

@@ -205,7 +205,7 @@ def read_manifests(directory: Path) -> dict[str, ShardManifest]:
         ValueError: If one of them is damaged.
     """
     manifests = {}
-    for file in sorted(directory.glob("*.done.json")):
+    for file in sorted(directory.glob("*.done.json"), key=lambda file: file.name):
         manifests[file.name.split(".")[0]] = _read_manifest(file)
     return manifests
 

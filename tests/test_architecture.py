@@ -13,7 +13,7 @@ MODULES = sorted(p for top in ("alpha_clip", "data_pipeline") for p in (REPO / t
 # Each row may import from the rows above it, and from its own.
 LAYERS = [
     ["alpha_clip.rle"],
-    ["alpha_clip.jpegs"],
+    ["alpha_clip.jpegs", "alpha_clip.mask_stack"],
     ["alpha_clip.samples"],
     ["alpha_clip.sidecar"],
     ["alpha_clip.regions"],

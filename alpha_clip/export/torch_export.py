@@ -24,6 +24,7 @@ from alpha_clip.export.base import (
 )
 from alpha_clip.export.model_card import Card
 from alpha_clip.model import AlphaClip
+from alpha_clip.pooled import pooled_features
 from alpha_clip.surgery import AlphaConv2d, fold_alpha
 
 IMAGE_FILE = "image.pt2"
@@ -55,7 +56,7 @@ class ImageTower(nn.Module):
 
     def forward(self, rgba: Tensor) -> Tensor:
         """Embed images `[batch, 4, size, size]`."""
-        return _features(self.visual(rgba))
+        return pooled_features(self.visual, rgba)
 
 
 class TextTower(nn.Module):
