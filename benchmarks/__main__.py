@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 from jsonargparse import auto_cli
@@ -37,23 +38,45 @@ BENCHMARKS: dict[str, Callable[..., Any]] = {
     "focus": focus,
 }
 ALONE = {"gpu": "needs a GPU", "focus": "takes an hour"}
-WITH_CLONE = ("encode", "regions", "training_step")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one benchmark, or all with their defaults; `all --published CLONE` compares."""
+    """Run one benchmark, or all but those that stand alone.
+
+    With `all`, an option such as `--published CLONE` goes to the benchmarks that have it.
+    """
     logging.disable(logging.WARNING)  # open_clip says that the weights are random; so they are
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["all"]:
-        for name in BENCHMARKS:
-            if name in ALONE:
-                sys.stdout.write(f"\n{name}: left out, it {ALONE[name]}\n")
-                continue
-            sys.stdout.write(f"\n{name}\n")
-            given = arguments[1:] if name in WITH_CLONE else []
-            auto_cli(BENCHMARKS, args=[name, *given], as_positional=False)
-    else:
+    if arguments[:1] != ["all"]:
         auto_cli(BENCHMARKS, args=arguments, as_positional=False, prog="python -m benchmarks")
+        return
+    for name, given in options_of_each(arguments[1:]).items():
+        if name in ALONE:
+            sys.stdout.write(f"\n{name}: left out, it {ALONE[name]}\n")
+        else:
+            sys.stdout.write(f"\n{name}\n")
+            auto_cli(BENCHMARKS, args=[name, *given], as_positional=False)
+
+
+def options_of_each(arguments: list[str]) -> dict[str, list[str]]:
+    """Return which of some options go to each benchmark: those that it has.
+
+    Raises:
+        SystemExit: If none of them has one.
+    """
+    given: dict[str, list[str]] = {name: [] for name in BENCHMARKS}
+    takers: list[str] = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            key = argument[2:].split("=")[0]
+            takers = [n for n, f in BENCHMARKS.items() if key in signature(f).parameters]
+            if not takers:
+                sys.exit(
+                    f"no benchmark has an option --{key}; see python -m benchmarks NAME --help"
+                )
+        for name in takers:
+            given[name].append(argument)
+    return given
 
 
 if __name__ == "__main__":

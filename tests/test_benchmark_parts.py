@@ -2,6 +2,7 @@
 
 import csv
 import math
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from alpha_clip import AlphaClip, create_model
 from benchmarks import encode as encode_module
 from benchmarks.encode import encode
 from benchmarks.encoders import ENCODE, FOLDED, PLAIN, PUBLISHED, create_encoders
-from benchmarks.gpu import gpu
+from benchmarks.gpu import _parts, _tiny, gpu
 from benchmarks.machine import at_matmul_rate, forward_flops, machine, matmul_rate
 from benchmarks.published import published_code, published_preprocess, published_tower
 from benchmarks.regions import ALONE, SHARED, TINY, regions
@@ -181,6 +182,19 @@ def test_the_gpu_script_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="--tiny true --device cpu"):
         gpu()
+
+
+@pytest.mark.parametrize("parts", [_parts, _tiny], ids=["all", "tiny"])
+def test_every_part_takes_what_it_is_given(parts: Any, tmp_path: Path) -> None:
+    files = []
+    for name, part in parts(Path("clone"), "cuda", tmp_path).items():
+        given = signature(part.func).bind(*part.args, **part.keywords).arguments
+        files.append(given["output"])
+        assert given["device"] == "cuda", name
+        if "published" in signature(part.func).parameters:
+            assert given["published"] == Path("clone"), name
+        assert set(given.get("precisions") or ["bf16"]) <= {"bf16", "fp16"}
+    assert len(set(files)) == len(files)
 
 
 def test_a_part_that_fails_does_not_stop_the_others(

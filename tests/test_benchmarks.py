@@ -24,6 +24,26 @@ def test_every_benchmark_has_help(name: str, capsys: pytest.CaptureFixture[str])
     assert "--output" in capsys.readouterr().out
 
 
+def test_all_runs_each_with_the_options_that_it_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[tuple[str, object]] = []
+
+    def first(published: str | None = None, rounds: int = 3) -> None:
+        ran.append(("first", (published, rounds)))
+
+    def second(rounds: int = 3) -> None:
+        ran.append(("second", rounds))
+
+    some = {"first": first, "gpu": first, "second": second}
+    monkeypatch.setattr("benchmarks.__main__.BENCHMARKS", some)
+    main(["all", "--published", "clone", "--rounds=5"])
+    assert ran == [("first", ("clone", 5)), ("second", 5)]
+    assert "gpu: left out, it needs a GPU" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no benchmark has an option --round;"):
+        main(["all", "--round", "5"])
+
+
 def parsed(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> str:
