@@ -106,7 +106,7 @@ def test_boxes_are_decoded_in_chunks(count):
 
 
 def test_large_masks_are_made_a_few_at_a_time(monkeypatch):
-    monkeypatch.setattr(promptable, "_UPSCALED_PX", 150)
+    monkeypatch.setattr(promptable, "_CPU_UPSCALED_PX", 150)
     segmenter = toy(boxes_per_batch=5)
     check(segmenter.segment(picture(3), BOXES), 3)
     assert [e for e in segmenter.log if isinstance(e, tuple) and e[0] == "upscale"] == [
