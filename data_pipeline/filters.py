@@ -266,11 +266,15 @@ def box_around(mask: NDArray[np.bool_]) -> tuple[float, float, float, float]:
 def _repetitions(ranked: list[RegionAnnotation], limit: float) -> dict[int, int]:
     """Return `rid` -> `rid` of the better region, among those kept, that it overlaps."""
     rles = [{**region.rle, "counts": region.rle["counts"].encode("ascii")} for region in ranked]
-    ious = coco_mask.iou(rles, rles, [False] * len(rles))
+    areas = [region.area for region in ranked]
     kept: list[int] = []
     gone: dict[int, int] = {}
     for index, region in enumerate(ranked):
-        better = next((k for k in kept if ious[k, index] >= limit), None)
+        # No IoU is above the smaller area over the larger one: most pairs need no look.
+        near = [k for k in kept if min(areas[k], region.area) / max(areas[k], region.area) >= limit]
+        others = [rles[k] for k in near]
+        ious = coco_mask.iou(others, [rles[index]], [False])[:, 0] if others else []
+        better = next((k for k, iou in zip(near, ious, strict=True) if iou >= limit), None)
         if better is None:
             kept.append(index)
         else:
