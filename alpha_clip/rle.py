@@ -7,6 +7,7 @@ runs are parsed with NumPy, compared with the stated size, and only then decoded
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -139,7 +140,7 @@ def _parse_texts(texts: Sequence[str | bytes]) -> list[NDArray[np.int64]]:
     place = np.arange(code.size) - np.repeat(first, length)
     values = np.add.reduceat(_GROUPS[code] << (5 * place), first)
     stops = np.searchsorted(last, ends).tolist()
-    parts = [values[i:j] for i, j in zip([0, *stops], stops, strict=False)]
+    parts = [values[i:j] for i, j in pairwise([0, *stops])]
     for part in parts:  # from the fourth run on, the text holds differences
         part[1::2] = np.cumsum(part[1::2])
         part[2::2] = np.cumsum(part[2::2])

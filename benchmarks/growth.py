@@ -242,7 +242,7 @@ def report(points: Sequence[Point], file: Path) -> None:
     files = [file, file.with_name(f"{file.stem}_exponents.csv"), file.with_suffix(".png")]
     records = [growth.record() for growth in fitted]
     file.parent.mkdir(parents=True, exist_ok=True)
-    for path, rows in zip(files, ([point.record() for point in points], records), strict=False):
+    for path, rows in ((files[0], [p.record() for p in points]), (files[1], records)):
         with path.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, [*rows[0], "machine"])
             writer.writeheader()

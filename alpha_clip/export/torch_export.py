@@ -186,7 +186,7 @@ def compare_runs(
     rgba, tokens = probes(model)
     if whole_image:
         rgba[:, 3:] = model.normalisation.whole_image
-    pairs = [(_features(twin.encode_image(rgba)), image, rgba)]
+    pairs = [(twin.encode_image(rgba), image, rgba)]
     pairs.append((twin.encode_text(tokens), text, tokens))
     return max(
         largest_difference(ours[:batch], theirs(inputs[:batch]))
@@ -227,9 +227,3 @@ def _trace(
         for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # it names files of this machine
     return program
-
-
-def _features(out: Any) -> Tensor:
-    """Leave out the tokens that a CoCa tower gives as well."""
-    features: Tensor = out[0] if isinstance(out, tuple) else out
-    return features
