@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from alpha_clip.checkpoint import save_checkpoint
     from alpha_clip.factory import create_model, load_checkpoint
+    from alpha_clip.late_alpha import AlphaEntry
     from alpha_clip.model import AlphaClip
     from alpha_clip.published import available_models, load, tokenize
     from alpha_clip.regions import Box, RegionSample, region_to_alpha
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AlphaClip",
     "AlphaConv2d",
+    "AlphaEntry",
     "Box",
     "RegionAugment",
     "RegionSample",
@@ -40,6 +42,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AlphaClip": "model",
     "AlphaConv2d": "surgery",
+    "AlphaEntry": "late_alpha",
     "Box": "regions",
     "RegionAugment": "transforms",
     "RegionSample": "regions",

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from alpha_clip.checkpoint import CONFIG_FILE
 from alpha_clip.geometry import Geometry
+from alpha_clip.late_alpha import FIRST_LAYER, AlphaEntry
 from alpha_clip.model import AlphaClip
 from alpha_clip.surgery import add_alpha_channel
 from alpha_clip.transforms import Normalisation, RegionTransform
@@ -29,6 +30,7 @@ def build_by_name(
     quick_gelu: bool = False,
     image_size: int | None = None,
     facts: dict[str, Any] | None = None,
+    entry: AlphaEntry = FIRST_LAYER,
 ) -> AlphaClip:
     """Build from open_clip with random weights: the plain CLIP, then its fourth channel.
 
@@ -39,6 +41,7 @@ def build_by_name(
         image_size: Side of the input in pixels. A timm tower keeps its own, because its weights
             have to be loaded first; see `resize_input`.
         facts: What open_clip knows of the weights that will be loaded; see `fetch_tag`.
+        entry: Where alpha enters.
 
     Raises:
         ValueError: If there is no such architecture, or the tower can't take an alpha.
@@ -65,7 +68,7 @@ def build_by_name(
             )
         except RuntimeError as error:
             raise ValueError(f"open_clip could not build {name!r}: {error}") from error
-    add_alpha_channel(clip.visual)
+    add_alpha_channel(clip.visual, entry)
     short = Path(name.removeprefix(LOCAL)).name
     return AlphaClip(clip, short, config, _transform_of(clip.visual))
 
@@ -103,13 +106,17 @@ def fetch_tag(name: str, tag: str) -> tuple[Path, dict[str, Any]]:
 
 
 def build_from_config(
-    name: str, config: dict[str, Any], precision: Precision, image_size: int | None = None
+    name: str,
+    config: dict[str, Any],
+    precision: Precision,
+    image_size: int | None = None,
+    entry: AlphaEntry = FIRST_LAYER,
 ) -> AlphaClip:
     """Build from a model config that open_clip has no name for; see `build_by_name`."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / CONFIG_FILE
         file.write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-        model = build_by_name(f"{LOCAL}{folder}", precision, image_size=image_size)
+        model = build_by_name(f"{LOCAL}{folder}", precision, image_size=image_size, entry=entry)
     model.name = name
     return model
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from alpha_clip.surgery import alpha_parameters
+
 # Regular expressions for names of parameters, as timm's trunks give them for themselves.
 _RESNET = {"stem": r"conv|bn", "blocks": r"layer(\d+)\.(\d+)"}
 _VIT = {
@@ -24,7 +26,7 @@ class TowerBlocks:
         stem: Patches, class token, positions, and the norm after them.
         blocks: One list a block. What changes the resolution belongs to the block after it; in most
             towers of timm the last norm belongs to the last block.
-        head: Final norm, pooling, projection.
+        head: Final norm, pooling, projection. Late alpha belongs to none of the three.
     """
 
     stem: list[str]
@@ -54,7 +56,8 @@ def group_by_block(visual: nn.Module) -> TowerBlocks:
     stem = {prefix + n for n, _ in trunk.named_parameters() if re.match(matcher["stem"], n)}
     blocks = [[prefix + n for n in group if prefix + n not in stem] for group in groups]
     inside = {name for block in blocks for name in block}
-    names = [name for name, _ in visual.named_parameters()]
+    alpha = {id(kernel) for kernel in alpha_parameters(visual)}
+    names = [name for name, p in visual.named_parameters() if name in stem or id(p) not in alpha]
     return TowerBlocks(
         stem=[name for name in names if name in stem],
         blocks=blocks,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from alpha_clip.late_alpha import FIRST_LAYER, AlphaEntry
 from alpha_clip.layouts import split_folded
 from alpha_clip.model import AlphaClip
+from alpha_clip.surgery import alpha_entry
 from alpha_clip.transforms import Normalisation, RegionTransform
 
 FORMAT = 1
@@ -42,12 +44,14 @@ class CheckpointConfig:
         model_cfg: open_clip's model config.
         transform: Makes the tower's input.
         base: Where the weights came from that alpha was added to, if that is known.
+        entry: Where alpha enters the tower.
     """
 
     name: str
     model_cfg: dict[str, Any]
     transform: RegionTransform
     base: str | None
+    entry: AlphaEntry = FIRST_LAYER
 
 
 def save_checkpoint(model: AlphaClip, directory: str | os.PathLike[str]) -> Path:
@@ -86,6 +90,7 @@ def describe(model: AlphaClip) -> dict[str, Any]:
             "scale": t.scale,
             "alpha_mean": n.alpha_mean,
             "alpha_std": n.alpha_std,
+            "alpha_block": asdict(alpha_entry(model.visual)),
             "versions": {p: _version(p) for p in ("alpha-clip", "open_clip_torch", "torch")},
         },
     }
@@ -176,7 +181,8 @@ def parse_config(record: Any, origin: str) -> CheckpointConfig:
         )
         base = ours.get("base")
         name, model_cfg = str(ours["name"]), dict(record["model_cfg"])
-        return CheckpointConfig(name, model_cfg, transform, base)
+        entry = AlphaEntry(**ours.get("alpha_block", asdict(FIRST_LAYER)))
+        return CheckpointConfig(name, model_cfg, transform, base, entry)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{origin} is not the config of an alpha_clip checkpoint: {type(error).__name__} "
@@ -224,7 +230,7 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], origin: str) -> No
     if problems:
         raise ValueError(
             f"the weights of {origin} do not fit {type(module).__name__} ({'; '.join(problems)}); "
-            "create the model with the architecture (and image_size) that they were trained with"
+            "create the model with the architecture (image_size, alpha_block) that they are of"
         )
     module.load_state_dict(state)
 

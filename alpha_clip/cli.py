@@ -23,6 +23,7 @@ _COMMANDS = {
 _NO_TARGETS = {
     "base",
     "model_card",
+    "towers",
     "layouts",
     "mixture_of_features",
     "multimodal",

@@ -29,6 +29,7 @@ from alpha_clip.checkpoint import (
     read_weights,
 )
 from alpha_clip.geometry import Geometry
+from alpha_clip.late_alpha import FIRST_LAYER, AlphaEntry
 from alpha_clip.layouts import OWN_ALPHA, infer_config
 from alpha_clip.model import AlphaClip
 from alpha_clip.text import Tokenizer
@@ -47,6 +48,7 @@ def create_model(
     device: str | torch.device = "cpu",
     geometry: Geometry | None = None,
     image_size: int | None = None,
+    alpha_block: int | AlphaEntry | None = None,
 ) -> tuple[AlphaClip, RegionTransform, Tokenizer]:
     """Build an Alpha-CLIP with its transform and tokenizer.
 
@@ -65,6 +67,10 @@ def create_model(
             weights expect it.
         image_size: Side of the input in pixels, if it should be another than the architecture's;
             the position embeddings are interpolated.
+        alpha_block: In front of which block of the image tower alpha enters; by default where the
+            checkpoint has it, else at the first layer, as in the paper (0). All regions of an image
+            share the blocks before it in `encode_regions`, so a late one makes many regions cheap.
+            A number stands for the best late alpha that we know; see `AlphaEntry` for others.
 
     Returns:
         The model in eval mode, `transform(image, region)`, and `tokenizer(texts)`.
@@ -78,11 +84,12 @@ def create_model(
         if pretrained is not None:
             raise ValueError(f"{checkpoint} holds both towers; leave pretrained={pretrained!r} out")
         own = _read_own(Path(checkpoint))
-        model = _load_own(*own, str(checkpoint), name, precision, image_size)
+        model = _load_own(*own, str(checkpoint), name, precision, image_size, alpha_block)
     else:
         base, facts = _read_base(name, pretrained)
         alpha = None if checkpoint is None else read_weights_file(checkpoint)
-        model = create_from_weights(name, base, alpha, precision, image_size, facts)
+        entry = AlphaEntry.of(alpha_block or 0)
+        model = create_from_weights(name, base, alpha, precision, image_size, facts, entry)
         model.base = None if pretrained is None else Path(pretrained).name
     if geometry is not None:
         model.transform = model.transform.replace(geometry=geometry)
@@ -96,6 +103,7 @@ def create_from_weights(
     precision: Precision = "fp32",
     image_size: int | None = None,
     facts: dict[str, Any] | None = None,
+    entry: AlphaEntry = FIRST_LAYER,
 ) -> AlphaClip:
     """Build a model from weights that were read already; see `create_model`.
 
@@ -106,6 +114,7 @@ def create_from_weights(
         precision: Type of the weights.
         image_size: Side of the input in pixels, or the architecture's own.
         facts: What open_clip knows of the base weights; see `fetch_tag`.
+        entry: Where alpha enters.
 
     Raises:
         ValueError: If the parts do not go together.
@@ -116,10 +125,10 @@ def create_from_weights(
     quick_gelu = any(w.quick_gelu for w in (base, alpha) if w)
     quick_gelu = quick_gelu or bool(facts and facts.get("quick_gelu"))
     if name is not None:
-        model = build_by_name(name, precision, quick_gelu, image_size, facts)
+        model = build_by_name(name, precision, quick_gelu, image_size, facts, entry)
     elif whole is not None:
         config = infer_config(whole.state, whole.origin)
-        model = build_from_config("custom", config, precision, image_size)
+        model = build_from_config("custom", config, precision, image_size, entry)
     else:
         raise ValueError(
             "expected the name of an architecture or a checkpoint with both towers, got neither"
@@ -183,13 +192,22 @@ def _load_own(
     name: str | None,
     precision: Precision,
     image_size: int | None,
+    alpha_block: int | AlphaEntry | None,
 ) -> AlphaClip:
     if name is not None and _layout(config_of(name)) != _layout(saved.model_cfg):
         raise ValueError(f"{origin} holds a {saved.name}, not a {name}; leave the name out")
-    model = build_from_config(saved.name, saved.model_cfg, precision, image_size)
+    entry = saved.entry if alpha_block is None else AlphaEntry.of(alpha_block)
+    model = build_from_config(saved.name, saved.model_cfg, precision, image_size, entry)
     if is_timm(model.config) and saved.transform.size != model.image_size:
         resize_input(model, saved.transform.size)
     state = _as_open_clip_loads(model.clip, state, image_size is not None)
+    if entry != saved.entry:
+        if any(bool(value.any()) for key, value in state.items() if key.endswith(OWN_ALPHA)):
+            raise ValueError(
+                f"{origin} was trained with alpha at {saved.entry}, which can't be moved to "
+                f"{entry}; leave alpha_block out, or start from the CLIP it came from"
+            )
+        state = _with_zero_alpha(model.clip, state)
     load_weights(model.clip, state, origin)
     model.transform, model.base = saved.transform, saved.base
     if image_size is not None:
@@ -206,9 +224,16 @@ def _load(model: AlphaClip, weights: Weights, resize: bool) -> None:
     if weights.visual_only:
         state = {key.removeprefix("visual."): value for key, value in state.items()}
     if not weights.has_alpha:
-        own = target.state_dict()
-        state.update({k: torch.zeros_like(own[k]) for k in own if k.endswith(OWN_ALPHA)})
+        state = _with_zero_alpha(target, state)
     load_weights(target, state, weights.origin)
+
+
+def _with_zero_alpha(target: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Replace the alpha of a state dict by that which a new tower starts with."""
+    zeros = {
+        k: torch.zeros_like(v) for k, v in target.state_dict().items() if k.endswith(OWN_ALPHA)
+    }
+    return {k: v for k, v in state.items() if not k.endswith(OWN_ALPHA)} | zeros
 
 
 def _as_open_clip_loads(clip: Any, state: dict[str, Tensor], resize: bool) -> dict[str, Tensor]:

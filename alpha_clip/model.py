@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -11,15 +13,12 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
+from alpha_clip.many_regions import encode_many, usual_chunk
 from alpha_clip.pooled import pooled_features
 from alpha_clip.regions import Region
-from alpha_clip.surgery import AlphaConv2d, sharing_rgb
+from alpha_clip.surgery import has_alpha
 from alpha_clip.text import Tokenizer, encode_text
 from alpha_clip.transforms import Normalisation, RegionTransform
-
-# What a pass should hold on the CPU: with more, a ViT-B/16 falls out of the cache (a batch of 32
-# takes 1.15 times as long as four of 8), with less, small towers do not fill the cores.
-_CPU_PIXELS = 8 * 224 * 224
 
 
 class AlphaClip(nn.Module):
@@ -116,7 +115,9 @@ class AlphaClip(nn.Module):
         joined = join_alpha(rgba, alpha, self.normalisation.whole_image)
         _check_finite(joined)
         # A tower that was just given its alpha is in evaluation the CLIP it came from, to the bit.
-        features = self._run(joined, not self.visual.training and self._has_alpha_kernel())
+        exactly = not self.visual.training and has_alpha(self.visual)
+        with self._explaining(joined):
+            features = pooled_features(self.visual, joined.to(self.dtype), exactly)
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_regions(
@@ -126,14 +127,16 @@ class AlphaClip(nn.Module):
         normalize: bool = False,
         chunk: int | None = None,
     ) -> Float[Tensor, "batch regions dim"]:
-        """Embed many regions of each image, with one pass of RGB through the first convolution.
+        """Embed many regions of each image; what comes before alpha is done once an image.
+
+        That is the first convolution of RGB, or, with `alpha_block`, whole blocks.
 
         Args:
             rgb: Normalised images, as `RegionTransform.many` gives them.
             alphas: Normalised alphas of their regions.
             normalize: Whether to scale the embeddings to length 1.
-            chunk: Most regions that go through the tower at a time; bounds the memory. By default
-                64, on the CPU as many as have the pixels of eight 224 px images.
+            chunk: Most images, or regions, that go through the tower at a time; bounds the memory.
+                By default 64, on the CPU as many as have the pixels of eight 224 px images.
 
         Raises:
             ValueError: If the shapes do not fit together.
@@ -146,34 +149,22 @@ class AlphaClip(nn.Module):
                 f"width] of the same batch and size, got {list(rgb.shape)} and "
                 f"{list(alphas.shape)}; RegionTransform.many gives both, without the batch axis"
             )
-        if chunk is None:
-            chunk = 64 if rgb.device.type != "cpu" else max(1, _CPU_PIXELS // size.numel())
-        if chunk < 1 or alphas.shape[1] == 0:
+        if (chunk is not None and chunk < 1) or alphas.shape[1] == 0:
             raise ValueError(
                 f"expected at least one region and a chunk of at least 1, got {alphas.shape[1]} "
                 f"regions and chunk={chunk}"
             )
-        batch, regions = alphas.shape[:2]
         _check_finite(rgb, alphas)
-        owner = torch.arange(batch, device=rgb.device).repeat_interleave(regions)
-        chunks = zip(owner.split(chunk), alphas.flatten(0, 1).split(chunk), strict=True)
-        if not self._has_alpha_kernel():  # folded
-            parts = [self.encode_image(rgb[image], alpha) for image, alpha in chunks]
-        else:
-            parts = []
-            with sharing_rgb(rgb.to(self.dtype)) as shared:
-                for image, alpha in chunks:
-                    shared.owner = image if batch > 1 else None
-                    parts.append(self._run(alpha, exactly=False))
-        features: Tensor = torch.cat(parts).unflatten(0, (batch, regions))
+        with self._explaining(rgb):
+            given = rgb.to(self.dtype), alphas.to(self.dtype)
+            features = encode_many(self.visual, *given, chunk or usual_chunk(rgb))
         return F.normalize(features, dim=-1) if normalize else features
 
-    def _has_alpha_kernel(self) -> bool:
-        return any(isinstance(m, AlphaConv2d) for m in self.visual.modules())
-
-    def _run(self, inputs: Tensor, exactly: bool) -> Tensor:
+    @contextmanager
+    def _explaining(self, inputs: Tensor) -> Iterator[None]:
+        """Say what size the tower takes, if it failed over another one."""
         try:
-            return pooled_features(self.visual, inputs.to(self.dtype), exactly)
+            yield
         except (RuntimeError, AssertionError) as error:
             if inputs.shape[-2:] == (self.image_size, self.image_size):
                 raise

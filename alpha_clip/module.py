@@ -12,20 +12,23 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recomputed
 
 from alpha_clip.batches import RegionBatch
 from alpha_clip.data import RegionDataModule
 from alpha_clip.factory import create_model
 from alpha_clip.geometry import Geometry
+from alpha_clip.late_alpha import AlphaEntry
 from alpha_clip.late_number import LateNumber
 from alpha_clip.losses import Pairs, RegionContrastiveLoss, RegionLoss, RegionSigmoidLoss
+from alpha_clip.many_regions import encode_many
 from alpha_clip.optim import OptimConfig, create_optimizer, create_schedule, declare_roles
 from alpha_clip.region_matching import RegionMatching
 from alpha_clip.sharding import join, shard, split
+from alpha_clip.surgery import alpha_entry
 from alpha_clip.trainable import TrainableConfig
 from alpha_clip.training_checkpoint import add_model, check_recipe, write_model
 
@@ -42,6 +45,8 @@ class EncoderConfig:
         checkpoint: A folder of `save_checkpoint`, or a `.ckpt` of a run, instead of the two.
         image_size: Side of the input in pixels, if it should be another than the architecture's.
         geometry: How the trained model's own transform makes an image square.
+        alpha_block: In front of which block alpha enters, if not as the checkpoint has it; a number
+            or an `AlphaEntry`.
     """
 
     name: str | None = None
@@ -49,6 +54,7 @@ class EncoderConfig:
     checkpoint: str | None = None
     image_size: int | None = None
     geometry: Geometry | None = None
+    alpha_block: int | AlphaEntry | None = None
 
 
 class AlphaClipModule(L.LightningModule):
@@ -94,6 +100,7 @@ class AlphaClipModule(L.LightningModule):
             encoder.checkpoint,
             geometry=encoder.geometry,
             image_size=encoder.image_size,
+            alpha_block=encoder.alpha_block,
         )
         if logit_scale is not None:
             self.model.logit_scale.data.fill_(logit_scale)
@@ -108,7 +115,7 @@ class AlphaClipModule(L.LightningModule):
             tower.set_grad_checkpointing(True)
         if compile:
             tower.compile()
-        self._joins = compile or chunk is not None
+        self._joins = compile
         self._seed = 0
         self._norm: LateNumber | None = None
 
@@ -183,27 +190,12 @@ class AlphaClipModule(L.LightningModule):
 
     def _encode(self, batch: RegionBatch) -> Tensor:
         """Return the features of all regions, `[batch, regions, dim]`, of length 1."""
-        batches, regions = batch.alphas.shape[:2]
-        count = batches * regions
-        if not self._joins:
-            together: Tensor = self.model.encode_regions(
-                batch.rgb, batch.alphas, normalize=True, chunk=count
-            )
-            return together
-        owner = torch.arange(batches, device=batch.rgb.device).repeat_interleave(regions)
-
-        def encode(owner: Tensor, alphas: Tensor) -> Tensor:
-            features: Tensor = self.model.encode_image(batch.rgb[owner], alphas, normalize=True)
-            return features
-
-        alphas = batch.alphas.flatten(0, 1)
-        if self.chunk is None:
-            features = encode(owner, alphas)
-        else:
-            chunks = zip(owner.split(self.chunk), alphas.split(self.chunk), strict=True)
-            features = torch.cat([recomputed(encode, *c, use_reentrant=False) for c in chunks])
-        rows: Tensor = features.unflatten(0, (batches, regions))
-        return rows
+        count = batch.alphas.shape[:2].numel()
+        recompute = self.chunk is not None
+        features = encode_many(
+            self.model.visual, batch.rgb, batch.alphas, self.chunk or count, recompute, self._joins
+        )
+        return F.normalize(features, dim=-1)
 
     def _pairs(self, batch: RegionBatch, image: Tensor, text_trains: bool) -> Pairs:
         text = batch.text
@@ -261,9 +253,11 @@ class AlphaClipModule(L.LightningModule):
         """Return what a run has to have in common with the checkpoint that it goes on from."""
         loss = {"loss": type(self.loss).__name__, **vars(self.loss)}
         public = {k: v for k, v in loss.items() if not k.startswith("_") and k != "training"}
+        entry = alpha_entry(self.model.visual)
         return {
             "model": self.model.name,
             "image_size": self.model.image_size,
+            **({} if entry.is_first_layer else {"alpha_block": asdict(entry)}),
             "trainable": asdict(self.trainable),
             "optim": {**asdict(self.optim), "betas": list(self.optim.betas)},
             "loss": public,

@@ -17,6 +17,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from alpha_clip.late_alpha import LateAlpha
+from alpha_clip.token_tower import (
+    can_end_short,
+    embed,
+    end_short,
+    features_in,
+    grid_of,
+    is_watched,
+    run,
+)
+
 
 def pooled_features(
     visual: nn.Module, inputs: Float[Tensor, "batch channels height width"], exactly: bool = False
@@ -31,9 +42,7 @@ def pooled_features(
     short = None if exactly else short_way(visual)
     if short is not None:
         return short(inputs)
-    out = visual(inputs)
-    features: Tensor = out[0] if isinstance(out, tuple) else out  # CoCa's has its tokens, too
-    return features
+    return features_in(visual(inputs))
 
 
 def short_way(visual: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -47,28 +56,17 @@ def short_way(visual: nn.Module) -> Callable[[Tensor], Tensor] | None:
     Args:
         visual: An open_clip image tower.
     """
+    if isinstance(visual, LateAlpha):
+        return None if is_watched(visual) else partial(_with_late_alpha, visual)
     if _is_plain_vit(visual):
         return partial(_class_token, visual)
     return partial(_asked_once, visual) if _is_resnet(visual) else None
 
 
 def _is_plain_vit(visual: Any) -> bool:
-    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+    from open_clip.transformer import VisionTransformer
 
-    if not _runs_as(visual, VisionTransformer) or visual.attn_pool is not None:
-        return False
-    body, last = visual.transformer, visual.transformer.resblocks[-1]
-    return (
-        visual.pool_type == "tok"
-        and visual.proj is not None
-        and body.batch_first
-        and not body.grad_checkpointing
-        and type(last) is ResidualAttentionBlock
-        and type(last.attn) is nn.MultiheadAttention
-        and not any(
-            map(_is_watched, (visual, visual.ln_post, body, body.resblocks, *last.modules()))
-        )
-    )
+    return _runs_as(visual, VisionTransformer) and can_end_short(visual)
 
 
 def _is_resnet(visual: Any) -> bool:
@@ -77,7 +75,7 @@ def _is_resnet(visual: Any) -> bool:
     return (
         _runs_as(visual, ModifiedResNet)
         and type(visual.attnpool) is AttentionPool2d
-        and not any(map(_is_watched, (visual, *visual.attnpool.modules())))
+        and not any(map(is_watched, (visual, *visual.attnpool.modules())))
     )
 
 
@@ -88,24 +86,14 @@ def _runs_as(visual: Any, kind: Any) -> bool:
     return not own or getattr(visual, "takes_short_way", False)
 
 
-def _is_watched(module: Any) -> bool:
-    """Say whether calling a module does more, or other things, than its `forward`."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    compiled = module._compiled_call_impl is not None
-    return compiled or any(hooks) or bool(module._backward_pre_hooks)
-
-
 def _class_token(visual: Any, inputs: Tensor) -> Tensor:
-    x = visual._embeds(inputs)
-    *blocks, last = visual.transformer.resblocks
-    for block in blocks:
-        x = block(x)
-    normed = last.ln_1(x)
-    seen = last.attn(normed[:, :1], normed, normed, need_weights=False)[0]
-    x = x[:, :1] + last.ls_1(seen)
-    x = x + last.ls_2(last.mlp(last.ln_2(x)))
-    features: Tensor = visual._pool(x)[0] @ visual.proj
-    return features
+    grid = grid_of(visual, (inputs.shape[-2], inputs.shape[-1]))
+    blocks = range(len(visual.transformer.resblocks) - 1)
+    return end_short(visual, run(visual, embed(visual, inputs), grid, blocks))
+
+
+def _with_late_alpha(visual: Any, rgba: Tensor) -> Tensor:
+    return features_in(visual.region_features(visual.image_tokens(rgba[:, :3]), rgba[:, 3:]))
 
 
 def _asked_once(visual: Any, inputs: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+from alpha_clip.late_alpha import LateAlpha
 from alpha_clip.model import AlphaClip
 
 
@@ -36,6 +37,9 @@ def shard(model: AlphaClip, mesh: Any) -> None:
     for block in _blocks(tower):
         fully_shard(block, mesh=mesh)
     fully_shard(tower, mesh=mesh)
+    if isinstance(tower, LateAlpha):  # called on their own, when regions share an image
+        for half in ("image_tokens", "region_features"):
+            register_fsdp_forward_method(tower, half)
 
 
 def join(model: AlphaClip) -> None:

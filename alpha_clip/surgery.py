@@ -1,7 +1,8 @@
 """The alpha channel: a zero-initialised convolution beside a tower's first one, summed with it.
 
 `y = conv_rgb(rgb) + conv_alpha(alpha)` (Alpha-CLIP, arXiv 2312.03818, section 3.2). With the second
-kernel at zero the tower still computes exactly what it computed before.
+kernel at zero the tower still computes exactly what it computed before. Alpha may also enter later,
+see `late_alpha`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,15 @@ from contextvars import ContextVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from alpha_clip.late_alpha import (
+    FIRST_LAYER,
+    AlphaEntry,
+    AlphaPatches,
+    AlphaSummary,
+    LateAlpha,
+    add_late_alpha,
+)
 
 RGBA_CHANNELS = 4
 
@@ -63,10 +73,6 @@ class AlphaConv2d(nn.Conv2d):
         """Convolve RGB alone: what the layer computed before the surgery."""
         response: Tensor = self._conv_forward(rgb, self.weight, self.bias)
         return response
-
-    def alpha_parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters that the surgery added, so that nobody has to match names."""
-        yield self.weight_alpha
 
 
 class SharedRgb:
@@ -120,6 +126,8 @@ def find_stems(visual: nn.Module) -> dict[str, nn.Conv2d]:
     Raises:
         ValueError: If the tower has no RGB convolution to extend, or has an alpha channel already.
     """
+    if isinstance(visual, LateAlpha):
+        raise ValueError(f"{type(visual).__name__} has an alpha channel already")
     layers = dict(visual.named_modules())
     stems: dict[str, nn.Conv2d] = {}
     for name in _stem_names(visual):
@@ -158,19 +166,25 @@ def _stem_names(visual: nn.Module) -> list[str]:
     return [prefix + name for name in ([first] if isinstance(first, str) else first)]
 
 
-def add_alpha_channel(visual: nn.Module) -> nn.Module:
+def add_alpha_channel(visual: nn.Module, block: int | AlphaEntry = 0) -> nn.Module:
     """Give an image tower a fourth input channel, in place, without changing what it computes.
 
     Args:
         visual: An open_clip image tower (`model.visual`), or a timm model.
+        block: In front of which block alpha enters. 0 is the paper's place, the first layer; with a
+            later one, all regions of an image share the blocks before it, see `AlphaEntry`.
 
     Returns:
         The same tower; it now takes `[batch, 4, height, width]`.
 
     Raises:
-        ValueError: If the tower can't take an alpha channel; the message names the layer.
+        ValueError: If the tower can't take an alpha channel, or not there; the message names the
+            layer, or the tower's class.
     """
-    for name, conv in find_stems(visual).items():
+    stems, entry = find_stems(visual), AlphaEntry.of(block)
+    if not entry.is_first_layer:
+        return add_late_alpha(visual, entry)
+    for name, conv in stems.items():
         visual.set_submodule(name, AlphaConv2d.from_conv(conv))
     return visual
 
@@ -188,8 +202,13 @@ def fold_alpha(visual: nn.Module) -> nn.Module:
         The same tower.
 
     Raises:
-        ValueError: If the tower has no alpha channel.
+        ValueError: If the tower has no alpha channel, or it enters later than the first layer.
     """
+    if isinstance(visual, LateAlpha):
+        raise ValueError(
+            f"alpha enters {type(visual).__name__} in front of block {visual.alpha_entry.block}: "
+            "there is no convolution of the picture to fold it into; use the tower as it is"
+        )
     stems = {n: m for n, m in visual.named_modules() if isinstance(m, AlphaConv2d)}
     if not stems:
         raise ValueError(f"{type(visual).__name__} has no alpha channel; nothing to fold")
@@ -205,4 +224,15 @@ def fold_alpha(visual: nn.Module) -> nn.Module:
 
 def alpha_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a model that an alpha surgery added."""
-    return [p for m in model.modules() if isinstance(m, AlphaConv2d) for p in m.alpha_parameters()]
+    kinds = (AlphaConv2d, AlphaPatches, AlphaSummary)
+    return [m.weight_alpha for m in model.modules() if isinstance(m, kinds)]
+
+
+def has_alpha(visual: nn.Module) -> bool:
+    """Say whether a tower has a kernel for alpha, not yet folded into that for RGB."""
+    return bool(alpha_parameters(visual))
+
+
+def alpha_entry(visual: nn.Module) -> AlphaEntry:
+    """Return where alpha enters a tower, folded or not."""
+    return visual.alpha_entry if isinstance(visual, LateAlpha) else FIRST_LAYER

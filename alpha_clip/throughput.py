@@ -13,6 +13,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from alpha_clip.batches import RegionBatch
+from alpha_clip.late_alpha import LateAlpha
+from alpha_clip.many_regions import encode_many
 from alpha_clip.model import AlphaClip
 from alpha_clip.pooled import pooled_features
 
@@ -39,7 +41,9 @@ class Throughput(L.Callback):
         self._peak = get_available_flops(trainer.strategy.root_device, dtype)
         if self._peak:
             module: Any = pl_module
-            self._flops = flops_per_region(module.model)
+            data = getattr(trainer, "datamodule", None)
+            sampling = getattr(data, "sampling", None)
+            self._flops = flops_per_region(module.model, getattr(sampling, "regions_per_image", 1))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin to measure."""
@@ -81,11 +85,15 @@ class Throughput(L.Callback):
         self._images = self._regions = 0
 
 
-def flops_per_region(model: AlphaClip) -> float:
+def flops_per_region(model: AlphaClip, regions: int = 1) -> float:
     """Return the floating-point operations of a training step for one region in the image tower.
 
     Counted on a copy without memory, by the short way (`pooled_features`). What is frozen costs no
     gradient of its own, and what checkpointing computes again does not count.
+
+    Args:
+        model: The model.
+        regions: Regions an image; with late alpha they share what comes before it.
     """
     empty = {
         id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad)
@@ -94,9 +102,13 @@ def flops_per_region(model: AlphaClip) -> float:
     tower: Any = copy.deepcopy(model.visual, empty).to("meta")
     if hasattr(tower, "set_grad_checkpointing"):
         tower.set_grad_checkpointing(False)
-    rgba = torch.zeros(1, 4, model.image_size, model.image_size, device="meta")
+    rgba = torch.zeros(regions, 4, model.image_size, model.image_size, device="meta")
+    late = isinstance(tower, LateAlpha)
     with FlopCounterMode(display=False) as counter:
-        features = pooled_features(tower, rgba)
+        if late:
+            features = encode_many(tower, rgba[:1, :3], rgba[None, :, 3:], chunk=regions)
+        else:
+            features = pooled_features(tower, rgba)
         if features.requires_grad:
             features.sum().backward()
-    return float(counter.get_total_flops())
+    return float(counter.get_total_flops()) / regions

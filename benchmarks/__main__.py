@@ -15,6 +15,8 @@ from benchmarks.evaluation import evaluation
 from benchmarks.focus.driver import focus
 from benchmarks.gpu import gpu
 from benchmarks.growth import growth
+from benchmarks.late_alpha.driver import late_alpha
+from benchmarks.late_alpha.speed import late_alpha_speed
 from benchmarks.pipeline import pipeline
 from benchmarks.ranking import ranking
 from benchmarks.reader import reader
@@ -26,6 +28,7 @@ from benchmarks.training_step import training_step
 BENCHMARKS: dict[str, Callable[..., Any]] = {
     "encode": encode,
     "regions": regions,
+    "late_alpha_speed": late_alpha_speed,
     "training_step": training_step,
     "training": training,
     "reader": reader,
@@ -36,8 +39,9 @@ BENCHMARKS: dict[str, Callable[..., Any]] = {
     "growth": growth,
     "gpu": gpu,
     "focus": focus,
+    "late_alpha": late_alpha,
 }
-ALONE = {"gpu": "needs a GPU", "focus": "takes an hour"}
+ALONE = {"gpu": "needs a GPU", "focus": "takes an hour", "late_alpha": "takes an hour"}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -19,6 +19,9 @@ LAYERS = [
     ["alpha_clip.regions"],
     [
         "alpha_clip.surgery",
+        "alpha_clip.late_alpha",
+        "alpha_clip.token_tower",
+        "alpha_clip.many_regions",
         "alpha_clip.attention",
         "alpha_clip.attention_masking",
         "alpha_clip.dense",

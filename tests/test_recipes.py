@@ -39,7 +39,7 @@ HARDWARE = re.compile(
 )
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-VIT = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 8, "head_width": 16}
+VIT = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 12, "head_width": 16}
 SIGLIP_TEXT = {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
 
 

@@ -32,7 +32,7 @@ from alpha_clip.evaluation.runner import check_drops
 from alpha_clip.factory import create_model
 from alpha_clip.geometry import Geometry
 from alpha_clip.model import AlphaClip
-from alpha_clip.surgery import fold_alpha
+from alpha_clip.surgery import alpha_entry, fold_alpha
 
 MakeModel: TypeAlias = Callable[[str], AlphaClip]
 _THREADS = 8  # that open pictures for a device other than the CPU, at most
@@ -217,7 +217,8 @@ def _process(work: _Work, make_model: MakeModel, place: str, parts: list[str]) -
 def _embed_parts(
     work: _Work, model: AlphaClip, store: EmbeddingStore, parts: list[str], show: bool
 ) -> None:
-    fold_alpha(model.visual)  # faster; the store has seen the weights as they are kept
+    if alpha_entry(model.visual).is_first_layer:
+        fold_alpha(model.visual)  # faster; the store has seen the weights as they are kept
     sizes = work.source.parts()
     dropped: list[tuple[str, str]] = []
     total = sum(sizes[part] for part in parts)

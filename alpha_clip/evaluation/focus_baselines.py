@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from alpha_clip.attention_masking import attending_to, check_tower
 from alpha_clip.dense import dense_features, pool_boxes, pool_masks
+from alpha_clip.late_alpha import LateAlpha
+from alpha_clip.many_regions import encode_views, same_images
 from alpha_clip.model import AlphaClip
 from alpha_clip.regions import Box, Region
 from alpha_clip.transforms import OPENAI_MEAN
@@ -158,8 +160,13 @@ def _line(image: Image.Image) -> int:
 def encode_alpha(
     model: AlphaClip, rgba: Float[Tensor, "regions 4 height width"]
 ) -> Float[Tensor, "regions dim"]:
-    """Embed regions the way the model was made for; returns features of length 1."""
-    return model.encode_image(rgba, normalize=True)
+    """Embed regions the way the model was made for; returns features of length 1.
+
+    With late alpha, views of one image that follow each other share the blocks before it.
+    """
+    if not isinstance(model.visual, LateAlpha):
+        return model.encode_image(rgba, normalize=True)
+    return F.normalize(encode_views(model.visual, rgba.to(model.dtype)), dim=-1)
 
 
 def encode_masked(
@@ -198,9 +205,7 @@ def encode_roi_aligned(
 
 def _dense(model: AlphaClip, rgba: Tensor) -> tuple[Tensor, Tensor]:
     """Return the dense features and the mask of each region; an image is passed once."""
-    rgb = rgba[:, :3]
-    new = [i == 0 or not torch.equal(rgb[i], rgb[i - 1]) for i in range(len(rgb))]
-    image = torch.tensor(new, device=rgb.device).cumsum(0) - 1
+    new, image = same_images(rgba[:, :3])
     whole = rgba[new].clone()
     whole[:, 3] = model.normalisation.whole_image
     dense = dense_features(model.visual, whole)

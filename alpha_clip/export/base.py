@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from alpha_clip.model import AlphaClip
-from alpha_clip.surgery import AlphaConv2d
+from alpha_clip.surgery import alpha_entry, alpha_parameters
 
 log = logging.getLogger(__name__)
 _SAME_CLIP = 0.5
@@ -47,10 +47,28 @@ def check_difference(difference: float, tolerance: float) -> None:
         )
 
 
+def refuse_late_alpha(model: AlphaClip, consumer: str) -> None:
+    """Refuse a model whose alpha enters later than a consumer's own code can have it.
+
+    Args:
+        model: What to export.
+        consumer: Whose code would run it.
+
+    Raises:
+        ValueError: If alpha enters anywhere but at the first layer.
+    """
+    entry = alpha_entry(model.visual)
+    if not entry.is_first_layer:
+        raise ValueError(
+            f"alpha enters {model.name} in front of block {entry.block}, but the stock code of "
+            f"{consumer} takes pictures at the first layer alone, with nothing added further in; "
+            "export it as torch_export or onnx, or train one with alpha_block 0"
+        )
+
+
 def warn_if_untrained(model: AlphaClip) -> None:
     """Say in the log if alpha does nothing yet."""
-    stems = [m for m in model.visual.modules() if isinstance(m, AlphaConv2d)]
-    if not any(bool(stem.weight_alpha.any()) for stem in stems):
+    if not any(bool(kernel.any()) for kernel in alpha_parameters(model.visual)):
         log.warning("alpha's kernel is zero: the export sees the whole image whatever the region")
 
 

@@ -1,11 +1,13 @@
 """Export to ONNX: both towers as graphs, checked in onnxruntime.
 
 Weights beyond 1.5 GB lie beside their graph in `image.onnx.data` or `text.onnx.data`, because a
-file of ONNX can't hold 2 GB; keep the files together.
+file of ONNX can't hold 2 GB; keep the files together. With late alpha the image tower is two
+graphs: a trunk, once an image, and a head, once a region.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,33 +15,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alpha_clip.export.base import ExportReport, check_difference, fresh_directory
 from alpha_clip.export.model_card import Card
-from alpha_clip.export.torch_export import (
+from alpha_clip.export.towers import (
     PREPROCESS_FILE,
-    compare_runs,
-    plain_towers,
-    probes,
+    Graph,
+    compare_graphs,
+    graph_names,
+    graphs,
     write_preprocessing,
 )
+from alpha_clip.late_alpha import LateAlpha
 from alpha_clip.model import AlphaClip
 
-IMAGE_FILE = "image.onnx"
-TEXT_FILE = "text.onnx"
 OPSET = 18
-_INPUTS = {IMAGE_FILE: "rgba", TEXT_FILE: "tokens"}
+_SUFFIX = ".onnx"
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _NO_NOTES = Card()
-_USAGE = f"""
+_IMAGE = f"""
+# rgba: float32 [batch, 4, size, size], normalised as {PREPROCESS_FILE} says
+image = session("image.onnx")
+(features,) = image.run(None, {{"rgba": rgba}})
+"""
+_LATE = f"""
+# rgb: float32 [images, 3, size, size]; alpha: float32 [regions, 1, size, size], both normalised as
+# {PREPROCESS_FILE} says; image: int64 [regions], the number of each region's image
+trunk, head = session("trunk.onnx"), session("head.onnx")
+(tokens,) = trunk.run(None, {{"rgb": rgb}})
+(features,) = head.run(None, {{"image_tokens": tokens, "alpha": alpha, "image": image}})
+"""
+_USAGE = """
 import onnxruntime
 
-# rgba: float32 [batch, 4, size, size], normalised as {PREPROCESS_FILE} says
-image = onnxruntime.InferenceSession("{IMAGE_FILE}", providers=["CPUExecutionProvider"])
-(features,) = image.run(None, {{"rgba": rgba}})
+def session(file):
+    return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+{image}
 # tokens: int64 [batch, context_length]
-text = onnxruntime.InferenceSession("{TEXT_FILE}", providers=["CPUExecutionProvider"])
+text = session("text.onnx")
 (text_features,) = text.run(None, {{"tokens": tokens}})
 """
 
@@ -68,13 +82,13 @@ def export(
     """
     _check_packages()
     with fresh_directory(Path(directory), overwrite) as folder:
-        towers = zip(_INPUTS, plain_towers(model).values(), probes(model), strict=True)
-        for name, tower, inputs in towers:
-            _write(tower.cpu().float(), inputs, folder / name, model)
+        for name, graph in graphs(model).items():
+            _write(graph, folder / f"{name}{_SUFFIX}", model)
         write_preprocessing(model, folder)
         difference = compare(model, folder)
         check_difference(difference, tolerance)
-        card.write(folder, model, _USAGE, difference)
+        image = _LATE if isinstance(model.visual, LateAlpha) else _IMAGE
+        card.write(folder, model, _USAGE.format(image=image), difference)
     return ExportReport(str(directory), difference)
 
 
@@ -88,8 +102,8 @@ def compare(model: AlphaClip, directory: str | Path) -> float:
         ValueError: If packages are missing.
     """
     _check_packages()
-    image, text = (_runner(Path(directory) / name) for name in (IMAGE_FILE, TEXT_FILE))
-    return compare_runs(model, image, text)
+    files = {name: Path(directory) / f"{name}{_SUFFIX}" for name in graph_names(model)}
+    return compare_graphs(model, {name: _runner(file) for name, file in files.items()})
 
 
 def _check_packages() -> None:
@@ -101,19 +115,22 @@ def _check_packages() -> None:
         )
 
 
-def _write(tower: nn.Module, inputs: Tensor, file: Path, model: AlphaClip) -> None:
+def _write(graph: Graph, file: Path, model: AlphaClip) -> None:
     """Write a tower as a graph for batches of any size."""
     try:
-        program: Any = torch.onnx.export(
-            tower,
-            (inputs,),
-            dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            input_names=[_INPUTS[file.name]],
-            output_names=["features"],
-            opset_version=OPSET,
-            verbose=False,
-        )
+        with warnings.catch_warnings():
+            # Alphas and their images' numbers have one length, and the graph says so once.
+            warnings.filterwarnings("ignore", "# The axis name")
+            program: Any = torch.onnx.export(
+                graph.tower,
+                tuple(graph.inputs.values()),
+                dynamo=True,
+                dynamic_shapes=graph.dynamic_shapes,
+                input_names=list(graph.inputs),
+                output_names=[graph.output],
+                opset_version=OPSET,
+                verbose=False,
+            )
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
         raise ValueError(
             f"ONNX can't express {file.stem} of {model.name} ({type(model.visual).__name__}): "
@@ -124,12 +141,15 @@ def _write(tower: nn.Module, inputs: Tensor, file: Path, model: AlphaClip) -> No
     program.save(file)
 
 
-def _runner(file: Path) -> Callable[[Tensor], Tensor]:
+def _runner(file: Path) -> Callable[..., Tensor]:
     runtime = import_module("onnxruntime")
     session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
-    def run(inputs: Tensor) -> Tensor:
-        (features,) = session.run(None, {_INPUTS[file.name]: inputs.numpy()})
-        return torch.from_numpy(features)
+    names = [given.name for given in session.get_inputs()]
+
+    def run(*inputs: Tensor) -> Tensor:
+        given = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+        (result,) = session.run(None, given)
+        return torch.from_numpy(result)
 
     return run

@@ -19,9 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from alpha_clip.checkpoint import describe
-from alpha_clip.export.base import ExportReport, check_difference, fresh_directory
+from alpha_clip.export.base import (
+    ExportReport,
+    check_difference,
+    fresh_directory,
+    refuse_late_alpha,
+)
 from alpha_clip.export.model_card import Card
-from alpha_clip.export.torch_export import ImageTower, TextTower, compare_runs
+from alpha_clip.export.towers import ImageTower, TextTower, compare_runs
 from alpha_clip.model import AlphaClip
 from alpha_clip.surgery import RGBA_CHANNELS, AlphaConv2d, fold_alpha
 
@@ -78,8 +83,9 @@ def copy_of(model: AlphaClip) -> tuple[Any, list[str]]:
     """Return a copy of the open_clip model in fp32, on the CPU, and the names of its alpha stems.
 
     Raises:
-        ValueError: If it has none any more.
+        ValueError: If it has none any more, or alpha enters later.
     """
+    refuse_late_alpha(model, "open_clip")
     clip: Any = deepcopy(model.clip).cpu().float()
     stems = [name for name, m in clip.visual.named_modules() if isinstance(m, AlphaConv2d)]
     if not stems:

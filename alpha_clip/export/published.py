@@ -11,7 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alpha_clip.export.base import ExportReport, fresh_directory, largest_difference, probe
+from alpha_clip.export.base import (
+    ExportReport,
+    fresh_directory,
+    largest_difference,
+    probe,
+    refuse_late_alpha,
+)
 from alpha_clip.export.model_card import Card
 from alpha_clip.factory import create_from_weights
 from alpha_clip.layouts import OWN_ALPHA, to_published
@@ -53,6 +59,7 @@ def export(
     Raises:
         ValueError: If the published code has no such model, or the features differ.
     """
+    refuse_late_alpha(model, "the published package")
     alpha = {k: v.float() for k, v in to_published(model.visual).items()}
     base = {k: _stored(v) for k, v in model.clip.state_dict().items() if not k.endswith(OWN_ALPHA)}
     with fresh_directory(Path(directory), overwrite) as folder:

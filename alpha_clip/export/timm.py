@@ -27,6 +27,7 @@ from alpha_clip.export.base import (
     fresh_directory,
     largest_difference,
     probe,
+    refuse_late_alpha,
 )
 from alpha_clip.export.model_card import Card
 from alpha_clip.model import AlphaClip
@@ -130,6 +131,7 @@ def _plan(model: AlphaClip) -> tuple[_Plan, nn.Module]:
     from open_clip.timm_model import TimmModel
     from open_clip.transformer import VisionTransformer
 
+    refuse_late_alpha(model, "timm")
     visual: Any = deepcopy(model.visual).cpu().float()
     if any(isinstance(m, AlphaConv2d) for m in visual.modules()):
         fold_alpha(visual)

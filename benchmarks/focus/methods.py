@@ -13,11 +13,13 @@ class Method:
         name: What it is called there.
         way: How a region is shown to the model: a key of `focus_baselines.FOCUS`.
         options: What its training changes of `alpha.yaml`; `None` is the base as it is.
+        others: Ways to show a region to the same trained model beside `way`.
     """
 
     name: str
     way: str
     options: dict[str, object] | None = field(default=None)
+    others: tuple[str, ...] = ()
 
     @property
     def slug(self) -> str:

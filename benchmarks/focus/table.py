@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.focus.methods import AS_IT_IS, TRAINED, Method
 
 # Column -> file and key of the score; `{way}` is how the method points.
-_COLUMNS = {
+COLUMNS = {
     "region top-1": ("regions", "{way}"),
     "held-out pairs": ("regions", "held out/{way}"),
     "of its image": ("regions", "within image/{way}"),
@@ -33,26 +33,28 @@ def report(output: Path, seeds: list[int]) -> None:
     """
     rows: dict[str, Figures] = {}
     for method in AS_IT_IS:
-        scores = [_read(output / "runs" / "base")]
+        scores = [read(output / "runs" / "base")]
         if any(f"regions/{method.way}" in s for s in scores):  # not every tower can be masked
-            rows[method.name] = _figures(method, scores)
-    runs = {
-        m.name: [_read(output / "runs" / m.slug / str(seed)) for seed in seeds] for m in TRAINED
-    }
-    rows |= {method.name: _figures(method, runs[method.name]) for method in TRAINED}
+            rows[method.name] = figures(method, scores)
+    runs = {m.name: [read(output / "runs" / m.slug / str(seed)) for seed in seeds] for m in TRAINED}
+    rows |= {method.name: figures(method, runs[method.name]) for method in TRAINED}
     controls: dict[str, Figures] = {}
     for control in _CONTROLS:
         way = Method(control, control)
-        controls[f"all blocks, {control}"] = _figures(way, runs["all blocks"])
-    _write_csv({**rows, **controls}, output / "focus.csv")
-    text = _markdown(rows) + "\n" + _markdown(controls)
+        controls[f"all blocks, {control}"] = figures(way, runs["all blocks"])
+    write_csv({**rows, **controls}, output / "focus.csv")
+    text = markdown(rows) + "\n" + markdown(controls)
     (output / "focus.md").write_text(text)
     _plot(rows, output / "focus.png")
     sys.stdout.write(f"{text}{output / 'focus.png'}\n")
 
 
-def _read(folder: Path) -> dict[str, float]:
-    """Return the scores of one run as `file/key`."""
+def read(folder: Path) -> dict[str, float]:
+    """Return the scores of one run as `file/key`.
+
+    Args:
+        folder: Of the run.
+    """
     found = {}
     for name in ("regions", "retrieval"):
         record: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
@@ -60,30 +62,38 @@ def _read(folder: Path) -> dict[str, float]:
     return found
 
 
-def _figures(method: Method, runs: list[dict[str, float]]) -> Figures:
-    figures = {}
-    for column, (file, key) in _COLUMNS.items():
+def figures(method: Method, runs: list[dict[str, float]]) -> Figures:
+    """Return mean and standard deviation over runs, by column.
+
+    Args:
+        method: Whose way of pointing to look for.
+        runs: Scores of each, as `read` gives them.
+    """
+    found = {}
+    for column, (file, key) in COLUMNS.items():
         name = f"{file}/{key.format(way=method.way)}"
         values = [scores[name] for scores in runs if name in scores]
         if values:
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            figures[column] = (statistics.fmean(values), spread)
-    return figures
+            found[column] = (statistics.fmean(values), spread)
+    return found
 
 
-def _write_csv(rows: dict[str, Figures], file: Path) -> None:
+def write_csv(rows: dict[str, Figures], file: Path) -> None:
+    """Write a row for each method, two columns for each figure."""
     with file.open("w", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["method", *(part for c in _COLUMNS for part in (c, f"{c} sd"))])
+        writer.writerow(["method", *(part for c in COLUMNS for part in (c, f"{c} sd"))])
         for name, figures in rows.items():
-            cells = [figures.get(column, ("", "")) for column in _COLUMNS]
+            cells = [figures.get(column, ("", "")) for column in COLUMNS]
             writer.writerow([name, *(value for cell in cells for value in cell)])
 
 
-def _markdown(rows: dict[str, Figures]) -> str:
-    lines = ["| | " + " | ".join(_COLUMNS) + " |", "|---" * (len(_COLUMNS) + 1) + "|"]
+def markdown(rows: dict[str, Figures]) -> str:
+    """Return the figures as a table for a README."""
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, figures in rows.items():
-        cells = [_cell(*figures[c]) if c in figures else "" for c in _COLUMNS]
+        cells = [_cell(*figures[c]) if c in figures else "" for c in COLUMNS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

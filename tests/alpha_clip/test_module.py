@@ -196,6 +196,25 @@ def test_chunks_change_neither_loss_nor_gradient(
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("chunk", [None, 2, 100])
+def test_regions_of_an_image_share_what_comes_before_late_alpha(
+    tiny_name: str, batch: RegionBatch, chunk: int | None
+) -> None:
+    """One backward pass goes through the shared blocks, with a row an image."""
+    found = []
+    for count in (None, chunk):
+        torch.manual_seed(1)
+        encoder = EncoderConfig(name=tiny_name, alpha_block=2)
+        module = AlphaClipModule(encoder, chunk=count)
+        rows: list[int] = []
+        block = module.model.visual.transformer.resblocks[0]  # type: ignore[union-attr,index]
+        block.register_full_backward_hook(lambda _, given, out, rows=rows: rows.append(len(out[0])))
+        loss = step(module, batch)
+        assert sum(rows) == len(batch.rgb)
+        found.append((loss, gradients(module)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
 def test_chunks_bound_the_activations(tiny_name: str, batch: RegionBatch) -> None:
     held: list[int] = []
 

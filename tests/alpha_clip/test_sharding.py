@@ -10,18 +10,24 @@ from torch import multiprocessing as mp
 
 import alpha_clip
 from alpha_clip.lora import LoraConfig
+from alpha_clip.many_regions import encode_many
 from alpha_clip.optim import OptimConfig, create_optimizer, declare_roles
 from alpha_clip.sharding import _blocks, join, shard, split
 from alpha_clip.trainable import TrainableConfig
 
 RATES = OptimConfig(lr_alpha=1e-2, lr=1e-2, lr_lora=1e-2, weight_decay=0.1)
-RECIPES = {"all": TrainableConfig(), "lora": TrainableConfig(lora=LoraConfig(rank=2))}
+RECIPES = {
+    "all": TrainableConfig(),
+    "lora": TrainableConfig(lora=LoraConfig(rank=2)),
+    "late alpha": TrainableConfig(),
+}
 
 
 def trained(name: str, recipe: str, rank: int, world: int) -> dict[str, torch.Tensor]:
     """Take two steps; return the image tower's weights, joined."""
     torch.manual_seed(0)
-    model, _, _ = alpha_clip.create_model(name)
+    block = 2 if recipe == "late alpha" else 0
+    model, _, _ = alpha_clip.create_model(name, alpha_block=block)
     RECIPES[recipe].apply(model)
     roles = declare_roles(model)
     if world > 1:
@@ -42,7 +48,10 @@ def trained(name: str, recipe: str, rank: int, world: int) -> dict[str, torch.Te
     for step in range(2):
         torch.manual_seed(step)
         rgba, target = torch.randn(4, 4, size, size), torch.randn(4, 4)
-        mine = model.encode_image(rgba.chunk(world)[rank], normalize=True)
+        rgb, alpha = rgba.chunk(world)[rank].split([3, 1], 1)
+        # What a training step calls: with late alpha its two halves, each on its own.
+        mine = encode_many(model.visual, rgb, alpha[:, None], chunk=4).flatten(0, 1)
+        mine = F.normalize(mine, dim=-1)
         F.mse_loss(mine, target[:, :1].expand(4, mine.shape[1]).chunk(world)[rank]).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alpha_clip.export.base import refuse_late_alpha
 from alpha_clip.export.layouts.stock import StockTower
 from alpha_clip.model import AlphaClip
 from alpha_clip.surgery import AlphaConv2d
@@ -28,6 +29,7 @@ def clip_tower(model: AlphaClip) -> StockTower:
     Raises:
         ValueError: If transformers' CLIP has no such tower.
     """
+    refuse_late_alpha(model, "transformers")
     config = _config(model)
     return StockTower(
         config_class="CLIPVisionConfig",

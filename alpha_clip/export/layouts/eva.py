@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alpha_clip.export.base import refuse_late_alpha
 from alpha_clip.export.layouts.stock import StockTower
 from alpha_clip.model import AlphaClip
 from alpha_clip.surgery import AlphaConv2d
@@ -26,6 +27,7 @@ def eva_tower(model: AlphaClip) -> StockTower:
     Raises:
         ValueError: If BLIP-2's vision tower does not compute the same.
     """
+    refuse_late_alpha(model, "BLIP-2")
     trunk: Any = getattr(model.visual, "trunk", None)
     if trunk is None or not _is_eva(trunk):
         raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alpha_clip.export.base import refuse_late_alpha
 from alpha_clip.export.layouts.stock import StockTower
 from alpha_clip.model import AlphaClip
 from alpha_clip.surgery import AlphaConv2d
@@ -28,6 +29,7 @@ def siglip_tower(model: AlphaClip) -> StockTower:
     Raises:
         ValueError: If it is none of SigLIP's.
     """
+    refuse_late_alpha(model, "transformers")
     trunk: Any = getattr(model.visual, "trunk", None)
     if trunk is None or not _is_siglip(model.visual, trunk):
         raise ValueError(

@@ -1,0 +1,145 @@
+"""Accuracy against cost: a table, and the frontier as a picture."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alpha_clip import AlphaEntry
+from benchmarks.focus.methods import Method
+from benchmarks.focus.table import COLUMNS, Figures, figures, read
+from benchmarks.late_alpha.cost import cost_of_entry, cost_of_way
+from benchmarks.late_alpha.methods import AS_IT_IS, UNTRAINED_IN_ALPHA, Entry
+
+_COST = "cost of a region"
+_KINDS = {
+    "line": ("alpha, repeated, with summary", "#2563eb", "o-"),
+    "first": ("alpha at the first layer (the paper)", "#dc2626", "*"),
+    "part": ("alpha without all of it", "#059669", "s"),
+    "peer": ("CLIP without alpha", "#6b7280", "D"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Attributes:
+        name: What it is called.
+        kind: How it is drawn.
+        cost: Operations for a region, divided by those of the paper's way.
+        scores: Mean and standard deviation of each column.
+    """
+
+    name: str
+    kind: str
+    cost: float
+    scores: Figures
+
+
+def report(
+    output: Path, places: Sequence[Entry], seeds: Sequence[int], base: str, regions: int
+) -> None:
+    """Write `late_alpha.csv`, `.md` and `.png`, and print the table.
+
+    Args:
+        output: Folder of the study.
+        places: Where alpha enters.
+        seeds: Which runs to take together.
+        base: The CLIP that all started from.
+        regions: Regions an image, for the cost of one.
+    """
+    paper = cost_of_entry(base, AlphaEntry.of(0), regions)
+    rows = []
+    for place in places:
+        found = figures(place.method, _runs(output, place.method, seeds))
+        cost = cost_of_entry(base, place.at, regions) / paper
+        rows.append(Row(place.name, _kind(place.at), cost, found))
+    tuned = _runs(output, UNTRAINED_IN_ALPHA, seeds)
+    ways = [UNTRAINED_IN_ALPHA.way, *UNTRAINED_IN_ALPHA.others]
+    peers = [(Method(f"tuned without alpha, {way}", way), tuned) for way in ways]
+    peers += [(method, [read(output / "runs" / "base")]) for method in AS_IT_IS]
+    for method, scores in peers:
+        if found := figures(method, scores):
+            if "region top-1" in found:  # not every tower can be masked
+                cost = cost_of_way(base, method.way, regions) / paper
+                rows.append(Row(method.name, "peer", cost, found))
+    _write_csv(rows, output / "late_alpha.csv")
+    text = _markdown(rows)
+    (output / "late_alpha.md").write_text(text)
+    _draw(rows, output / "late_alpha.png", regions, len(seeds))
+    sys.stdout.write(f"{text}{output / 'late_alpha.png'}\n")
+
+
+def _runs(output: Path, method: Method, seeds: Sequence[int]) -> list[dict[str, float]]:
+    return [read(output / "runs" / method.slug / str(seed)) for seed in seeds]
+
+
+def _kind(at: AlphaEntry) -> str:
+    if at.is_first_layer:
+        return "first"
+    return "line" if at.repeat and at.summary else "part"
+
+
+def _write_csv(rows: Sequence[Row], file: Path) -> None:
+    with file.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["method", _COST, *(part for c in COLUMNS for part in (c, f"{c} sd"))])
+        for row in rows:
+            cells = [row.scores.get(column, ("", "")) for column in COLUMNS]
+            writer.writerow([row.name, row.cost, *(value for cell in cells for value in cell)])
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    lines = [f"| | {_COST} | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for row in rows:
+        cells = [_cell(*row.scores[c]) if c in row.scores else "" for c in COLUMNS]
+        lines.append(f"| {row.name} | {row.cost:.3f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(mean: float, spread: float) -> str:
+    return f"{mean:.3f} ± {spread:.3f}" if spread else f"{mean:.3f}"
+
+
+def _draw(rows: Sequence[Row], file: Path, regions: int, seeds: int) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    panels = figure.subplots(1, 3)
+    columns = ("region top-1", "held-out pairs", "image to text")
+    for axes, column in zip(panels, columns, strict=True):
+        for kind, (label, colour, style) in _KINDS.items():
+            of_kind = [row for row in rows if row.kind == kind and column in row.scores]
+            axes.errorbar(
+                [row.cost for row in of_kind],
+                [row.scores[column][0] for row in of_kind],
+                yerr=[row.scores[column][1] for row in of_kind],
+                fmt=style,
+                color=colour,
+                label=label,
+                markersize=12 if kind == "first" else 5,
+                linewidth=1.2,
+            )
+            for row in of_kind if column != "image to text" else ():
+                axes.annotate(
+                    row.name.removeprefix("block ").replace("tuned without alpha, ", "tuned, "),
+                    (row.cost, row.scores[column][0]),
+                    xytext=(5, -9),
+                    textcoords="offset points",
+                    fontsize=7,
+                    color=colour,
+                )
+        axes.axvline(1 / 3, color="black", linewidth=0.6, linestyle=":")
+        axes.set(xlabel="cost of a region / that of the paper's way", title=column, xlim=(0, 1.3))
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=8, loc="lower right")
+    figure.suptitle(
+        f"Where alpha enters: {regions} regions an image, mean and standard deviation of {seeds} "
+        "seeds; the numbers are blocks",
+        fontsize=10,
+    )
+    figure.savefig(file, dpi=110)
