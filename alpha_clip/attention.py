@@ -177,8 +177,9 @@ def find_blocks(visual: nn.Module) -> tuple[nn.Module, nn.ModuleList | nn.Sequen
     has_patches = hasattr(trunk or visual, "patch_embed" if trunk else "grid_size")
     if not isinstance(blocks, nn.ModuleList | nn.Sequential) or not has_patches:
         raise ValueError(
-            "attention needs a ViT tower: patches, then blocks in visual.transformer.resblocks "
-            f"(open_clip) or visual.trunk.blocks (timm); got {type(trunk or visual).__name__}"
+            "expected a tower of tokens (a ViT): patches, then blocks, in open_clip's "
+            "visual.transformer.resblocks or timm's visual.trunk.blocks; got "
+            f"{type(trunk or visual).__name__}"
         )
     return home, blocks
 

@@ -30,9 +30,9 @@ from alpha_clip.token_tower import (
     run,
 )
 
-# With alpha normalised as published (1.92 inside, -1.92 outside), a patch outside a region counts
-# for a two-thousandth of one inside. A region smaller than a patch still has the patch's whole say.
-_SHARPNESS = 2.0
+# What every patch counts in a summary, so that an alpha that is the same everywhere means the whole
+# image; a patch that lies inside a region counts some 15.
+_LEAST_SHARE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class AlphaPatches(nn.Module):
         prefix = tokens.shape[1] - added.shape[1]
         others, patches = tokens.split([prefix, added.shape[1]], 1)
         if self.summary is not None:
-            seen = self.summary(patches, F.avg_pool2d(alpha, patch).flatten(1))
+            seen = self.summary(patches, F.avg_pool2d(alpha - alpha.amin((2, 3), True), patch))
             others, added = (others + seen, added) if prefix else (others, added + seen)
         return torch.cat([others, patches + added], 1)
 
@@ -120,16 +120,20 @@ class AlphaSummary(nn.Module):
         self.weight_alpha = nn.Parameter(torch.zeros(width, width))
 
     def forward(
-        self, patches: Tokens, inside: Float[Tensor, "batch patches"]
+        self, patches: Tokens, inside: Float[Tensor, "batch 1 rows columns"]
     ) -> Float[Tensor, "batch 1 width"]:
         """Return the region's summary.
 
+        It is a mean over the region's pixels. Each shows the patch that it is in, and counts by
+        how much of that patch is inside: patches at the edge show as much of what lies outside.
+
         Args:
             patches: Tokens of the patches.
-            inside: Mean of the normalised alpha in each.
+            inside: Mean alpha in each, above the least of the image.
         """
-        share = (_SHARPNESS * inside).softmax(-1)
-        mean = share[:, None] @ F.layer_norm(patches, patches.shape[-1:])
+        share = inside.flatten(2).square() + _LEAST_SHARE
+        share = share / share.sum(-1, keepdim=True)
+        mean = share @ F.layer_norm(patches, patches.shape[-1:])
         # Scaled, so that the rate that suits alpha's convolutions suits this matrix, too.
         seen: Tensor = F.linear(mean, self.weight_alpha) * mean.shape[-1] ** -0.5
         return seen

@@ -72,8 +72,7 @@ def encode_views(
         rgba: Normalised images and alphas.
     """
     new, image = same_images(rgba[:, :3])
-    tokens = visual.image_tokens(rgba[new, :3])
-    return features_in(visual.region_features(tokens[image], rgba[:, 3:]))
+    return _owned(visual, visual.image_tokens(rgba[new, :3]), image, rgba[:, 3:])
 
 
 def same_images(
@@ -106,11 +105,16 @@ def _after_shared_stem(
     return parts
 
 
+def _owned(visual: LateAlpha, tokens: Tensor, owner: Tensor, alpha: Tensor) -> Tensor:
+    return features_in(visual.region_features(tokens[owner], alpha))
+
+
 def _after_shared_blocks(
     visual: LateAlpha, rgb: Tensor, alphas: Tensor, chunk: int, recompute: bool
 ) -> Iterator[Tensor]:
+    head = partial(_owned, visual)
     for images, marks in zip(rgb.split(chunk), alphas.split(chunk), strict=True):
         tokens = _call(recompute, visual.image_tokens, images)
         owner = torch.arange(len(images), device=rgb.device).repeat_interleave(marks.shape[1])
         for image, alpha in zip(owner.split(chunk), marks.flatten(0, 1).split(chunk), strict=True):
-            yield features_in(_call(recompute, visual.region_features, tokens[image], alpha))
+            yield _call(recompute, head, tokens, image, alpha)

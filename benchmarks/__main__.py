@@ -41,7 +41,7 @@ BENCHMARKS: dict[str, Callable[..., Any]] = {
     "focus": focus,
     "late_alpha": late_alpha,
 }
-ALONE = {"gpu": "needs a GPU", "focus": "takes an hour", "late_alpha": "takes an hour"}
+ALONE = {"gpu": "needs a GPU", "focus": "takes an hour", "late_alpha": "takes an hour and a half"}
 
 
 def main(arguments: list[str] | None = None) -> None:

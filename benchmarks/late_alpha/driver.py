@@ -15,7 +15,7 @@ _TOWER = Path(__file__).parent / "tower"
 
 def late_alpha(
     blocks: list[int] | None = None,
-    parts_at: list[int] = [5],  # noqa: B006 - shown by --help, never changed
+    parts_at: list[int] = [6],  # noqa: B006 - shown by --help, never changed
     seeds: list[int] = [0, 1, 2],  # noqa: B006
     regions: int = 32,
     tower: Path = _TOWER,

@@ -15,8 +15,10 @@ from alpha_clip.embedding import sources, views
 from alpha_clip.embedding.embed import embed
 from alpha_clip.embedding.store import EmbeddingStore, load_embeddings
 from alpha_clip.evaluation.focus_baselines import FOCUS
+from alpha_clip.late_alpha import LateAlpha
 from alpha_clip.model import AlphaClip
 from alpha_clip.regions import Box, RegionSample, decode_jpeg, decode_rle
+from alpha_clip.surgery import alpha_parameters
 
 POLYGON = [[10.0, 10.0, 40.0, 10.0, 40.0, 30.0, 10.0, 30.0]]
 PAIRS = [("red", "blue"), ("green", "red"), ("blue", "green")]
@@ -424,3 +426,31 @@ def test_two_devices_write_what_one_does(checkpoint: str, shards: str, tmp_path:
     found, also = load_embeddings(two)
     assert rows == also
     np.testing.assert_allclose(found, features, atol=1e-6)
+
+
+def test_late_alpha_is_not_folded_and_passes_a_picture_once(
+    tiny_name: str,
+    shards: str,
+    samples: list[RegionSample],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    late = alpha_clip.create_model(tiny_name, alpha_block=2)[0]
+    for kernel in alpha_parameters(late.visual):
+        torch.nn.init.normal_(kernel, std=0.1)
+    folder = str(alpha_clip.save_checkpoint(late, tmp_path / "late"))
+    images: list[int] = []
+    before = LateAlpha.image_tokens
+
+    def counted(self: Any, rgb: torch.Tensor) -> torch.Tensor:
+        images.append(len(rgb))
+        return before(self, rgb)
+
+    monkeypatch.setattr(LateAlpha, "image_tokens", counted)
+    embed(folder, str(tmp_path / "out"), [shards])
+    monkeypatch.undo()
+    # A batch may end in the middle of a picture, which is then passed again; and one pass asks
+    # for the number of dimensions.
+    assert sum(images) <= len(samples) + 2
+    features, _ = load_embeddings(tmp_path / "out")
+    np.testing.assert_allclose(features, by_hand(late, regions_of(samples)), atol=1e-5)

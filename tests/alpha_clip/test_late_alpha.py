@@ -169,12 +169,21 @@ def test_the_summary_tells_the_class_token_what_lies_in_the_region() -> None:
     adds.weight_alpha.zero_()
     tokens = torch.randn(1, 17, 64)
     alpha = torch.full((1, 1, 32, 32), -1.92)
-    alpha[..., :8, 8:16] = 1.92  # the second patch
+    alpha[..., 2:5, 10:12] = 1.92  # a little of the second patch
     changed = adds(tokens, alpha)
-    normed = nn.functional.layer_norm(tokens[:, 2], (64,))
-    expected = tokens[:, 0] + normed @ adds.summary.weight_alpha.T / 8
-    assert torch.allclose(changed[:, 0], expected, atol=0.01)
+    normed = nn.functional.layer_norm(tokens[:, 1:], (64,))
+    matrix = adds.summary.weight_alpha.T / 8
+    assert torch.allclose(changed[:, 0], tokens[:, 0] + normed[:, 1] @ matrix, atol=0.02)
     assert torch.equal(changed[:, 1:], tokens[:, 1:])
+    # Half of the third patch as well: a pixel in it counts half of one in the second.
+    alpha[..., :8, 8:16] = 1.92
+    alpha[..., :4, 16:24] = 1.92
+    mean = (normed[:, 1] + 0.25 * normed[:, 2]) / 1.25
+    changed = adds(tokens, alpha)
+    assert torch.allclose(changed[:, 0], tokens[:, 0] + mean @ matrix, atol=1e-2)
+    for everywhere in (-1.92, 0.0, 1.92):
+        whole = adds(tokens, torch.full((1, 1, 32, 32), everywhere))
+        assert torch.allclose(whole[:, 0], tokens[:, 0] + normed.mean(1) @ matrix, atol=1e-5)
 
 
 @torch.no_grad()

@@ -114,7 +114,7 @@ def test_published_attention(loaded: AlphaClip, golden: Golden) -> None:
 
 @pytest.mark.parametrize("kind", ["rn"], indirect=True)
 def test_a_resnet_has_no_attention_maps(loaded: AlphaClip, golden: Golden) -> None:
-    with pytest.raises(ValueError, match="attention needs a ViT"):
+    with pytest.raises(ValueError, match=r"expected a tower of tokens \(a ViT\)"):
         loaded.visual(golden["image"], golden["alpha"], return_attn=True)
 
 
