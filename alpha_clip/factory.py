@@ -70,7 +70,7 @@ def create_model(
         alpha_block: In front of which block of the image tower alpha enters; by default where the
             checkpoint has it, else at the first layer, as in the paper (0). All regions of an image
             share the blocks before it in `encode_regions`, so a late one makes many regions cheap.
-            A number stands for the best late alpha that we know; see `AlphaEntry` for others.
+            A number stands for the best that we know, see `AlphaEntry`.
 
     Returns:
         The model in eval mode, `transform(image, region)`, and `tokenizer(texts)`.
@@ -230,9 +230,8 @@ def _load(model: AlphaClip, weights: Weights, resize: bool) -> None:
 
 def _with_zero_alpha(target: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Replace the alpha of a state dict by that which a new tower starts with."""
-    zeros = {
-        k: torch.zeros_like(v) for k, v in target.state_dict().items() if k.endswith(OWN_ALPHA)
-    }
+    own = target.state_dict()
+    zeros = {k: torch.zeros_like(own[k]) for k in own if k.endswith(OWN_ALPHA)}
     return {k: v for k, v in state.items() if not k.endswith(OWN_ALPHA)} | zeros
 
 

@@ -154,7 +154,8 @@ def test_a_model_takes_it_where_it_need_not_be_exact(
         ways.append(exactly)
         return pooled_features(visual, inputs, exactly)
 
-    monkeypatch.setattr("alpha_clip.model.pooled_features", spy)
+    for module in ("model", "many_regions"):
+        monkeypatch.setattr(f"alpha_clip.{module}.pooled_features", spy)
     size = model.image_size
     rgba, alphas = torch.randn(2, 4, size, size), torch.randn(1, 2, 1, size, size)
     twin = create_model(tiny_name)[0]
