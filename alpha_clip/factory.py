@@ -67,10 +67,9 @@ def create_model(
             weights expect it.
         image_size: Side of the input in pixels, if it should be another than the architecture's;
             the position embeddings are interpolated.
-        alpha_block: In front of which block of the image tower alpha enters; by default where the
-            checkpoint has it, else at the first layer, as in the paper (0). All regions of an image
-            share the blocks before it in `encode_regions`, so a late one makes many regions cheap.
-            A number stands for the best that we know, see `AlphaEntry`.
+        alpha_block: In front of which block of the image tower alpha enters, see `AlphaEntry`; by
+            default where the checkpoint has it, else at the first layer, as in the paper (0). With
+            a late one many regions are cheap: they share the blocks before in `encode_regions`.
 
     Returns:
         The model in eval mode, `transform(image, region)`, and `tokenizer(texts)`.
