@@ -33,6 +33,12 @@ def check_pieces(visual: nn.Module) -> None:
         ValueError: If it has no blocks of tokens, nobody knows what its `forward` does around them,
             or it leaves out patches while it trains; the message names its class.
     """
+    if hasattr(visual, "pretrained_cfg"):
+        raise ValueError(
+            f"{type(visual).__name__} is a model of timm's on its own, which is known by the block "
+            "only inside open_clip's tower (open_clip.timm_model.TimmModel); give it that, or let "
+            "alpha enter at the first layer (block 0)"
+        )
     find_blocks(visual)
     trunk = getattr(visual, "trunk", visual)
     kinds = _kinds(visual)

@@ -219,6 +219,7 @@ def test_stems_are_refused_with_a_reason() -> None:
         (own(patch_dropout=0.5), 1, "leaves out patches"),
         (timm(VisionTransformer, patch_drop_rate=0.5), 1, "leaves out patches"),
         (nn.Conv2d(3, 4, 1), 1, "conv1"),
+        (timm(VisionTransformer).trunk, 1, "inside open_clip's tower"),
         (add_alpha_channel(own(), 1), 1, "already"),
         (add_alpha_channel(own(), 1), 0, "already"),
         (add_alpha_channel(own()), 1, "already"),
