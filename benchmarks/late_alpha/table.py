@@ -6,7 +6,9 @@ import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from alpha_clip import AlphaEntry
 from benchmarks.focus.methods import Method
@@ -19,7 +21,15 @@ _KINDS = {
     "line": ("alpha, repeated, with summary", "#2563eb", "o-"),
     "first": ("alpha at the first layer (the paper)", "#dc2626", "*"),
     "part": ("alpha without all of it", "#059669", "s"),
-    "peer": ("CLIP without alpha", "#6b7280", "D"),
+    "peer": ("CLIP without alpha, tuned or as it is", "#6b7280", "D"),
+}
+
+# Where names stand beside their points, in turn: those that lie close to each other keep apart.
+_OFFSETS = {
+    "line": [(4, 6)],
+    "first": [(9, -10)],
+    "part": [(9, -3), (9, -11), (9, 0)],
+    "peer": [(8, 4), (8, -3), (8, -9)],
 }
 
 
@@ -108,7 +118,7 @@ def _cell(mean: float, spread: float) -> str:
 def _draw(rows: Sequence[Row], file: Path, regions: int, seeds: int) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="constrained")
     panels = figure.subplots(1, 3)
     columns = ("region top-1", "held-out pairs", "image to text")
     for axes, column in zip(panels, columns, strict=True):
@@ -124,22 +134,31 @@ def _draw(rows: Sequence[Row], file: Path, regions: int, seeds: int) -> None:
                 markersize=12 if kind == "first" else 5,
                 linewidth=1.2,
             )
-            for row in of_kind if column != "image to text" else ():
-                axes.annotate(
-                    row.name.removeprefix("block ").replace("tuned without alpha, ", "tuned, "),
-                    (row.cost, row.scores[column][0]),
-                    xytext=(5, -9),
-                    textcoords="offset points",
-                    fontsize=7,
-                    color=colour,
-                )
+            if column != "image to text":
+                _name(axes, of_kind, column, colour)
         axes.axvline(1 / 3, color="black", linewidth=0.6, linestyle=":")
-        axes.set(xlabel="cost of a region / that of the paper's way", title=column, xlim=(0, 1.3))
+        axes.set(xlabel="cost of a region / at the first layer", title=column, xlim=(0, 1.6))
+        axes.set_ylim(bottom=-0.05 if column != "image to text" else 0)
         axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=8, loc="lower right")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     figure.suptitle(
         f"Where alpha enters: {regions} regions an image, mean and standard deviation of {seeds} "
-        "seeds; the numbers are blocks",
+        "seeds; numbers are blocks, the dotted line is a third of the cost",
         fontsize=10,
     )
     figure.savefig(file, dpi=110)
+
+
+def _name(axes: Any, rows: Sequence[Row], column: str, colour: str) -> None:
+    """Write beside points what they are; a CLIP as it is has no name."""
+    named = [row for row in rows if not row.name.startswith("CLIP")]
+    for row, offset in zip(named, cycle(_OFFSETS[rows[0].kind] if rows else []), strict=False):
+        axes.annotate(
+            row.name.removeprefix("block ").removeprefix("tuned without alpha, "),
+            (row.cost, row.scores[column][0]),
+            xytext=offset,
+            textcoords="offset points",
+            fontsize=7,
+            color=colour,
+        )
