@@ -360,7 +360,7 @@ NO_VIT: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.parametrize("name", NO_VIT)
 def test_towers_without_blocks_of_tokens_are_refused(name: str) -> None:
     build, kind = NO_VIT[name]
-    visual, message = build(), rf"patches, then blocks in visual\.transformer.*; got {kind}$"
+    visual, message = build(), rf"patches, then blocks, in .*visual\.trunk.*; got {kind}$"
     with pytest.raises(ValueError, match=message), attention_of(visual):
         pass
     with pytest.raises(ValueError, match=message):

@@ -170,6 +170,7 @@ class Oracle:
 
     normalisation: Any
     logit_scale = torch.zeros(())
+    visual = torch.nn.Identity()
 
     def __init__(self, model: AlphaClip) -> None:
         self.normalisation, self.transform = model.normalisation, model.transform
