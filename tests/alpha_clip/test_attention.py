@@ -1,6 +1,6 @@
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import open_clip
@@ -411,11 +411,9 @@ def test_coca_as_a_whole() -> None:
 SIZES = "tiny|small|medium|base|x*large|huge|giant(opt)?|gigantic|enormous|so[0-9]+m|[0-9.]+"
 
 
-@pytest.mark.slow
-@torch.no_grad()
-def test_families_of_open_clip() -> None:
-    """One tower of each family, on the meta device: shapes only."""
-    refused, supported, seen = set(), set(), set()
+def families() -> Iterator[tuple[int, str, nn.Module]]:
+    """Yield width of features, class and tower of each family of open_clip, on the meta device."""
+    seen = set()
     for name in open_clip.list_models():
         config = open_clip.get_model_config(name)
         vision = {**config["vision_cfg"], "timm_model_pretrained": False}
@@ -426,10 +424,19 @@ def test_families_of_open_clip() -> None:
         seen.add(family)
         with torch.device("meta"):
             visual = _build_vision_tower(config["embed_dim"], vision).eval()
-            kind = type(getattr(visual, "trunk", visual)).__name__
+        yield config["embed_dim"], type(getattr(visual, "trunk", visual)).__name__, visual
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_families_of_open_clip() -> None:
+    """One tower of each family: shapes only."""
+    refused, supported = set(), set()
+    for dim, kind, visual in families():
+        with torch.device("meta"):
             try:
                 features, attention = encode_with_attention(visual, images(visual)[:1])
-                assert features.shape == (1, config["embed_dim"])
+                assert features.shape == (1, dim)
                 assert len(grid_attention(visual, attention)) == 1
                 supported.add(kind)
             except ValueError:
