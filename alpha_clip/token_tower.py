@@ -39,7 +39,10 @@ def check_pieces(visual: nn.Module) -> None:
             "only inside open_clip's tower (open_clip.timm_model.TimmModel); give it that, or let "
             "alpha enter at the first layer (block 0)"
         )
-    find_blocks(visual)
+    try:
+        find_blocks(visual)
+    except ValueError as error:
+        raise ValueError(f"{error}; let alpha enter at the first layer (block 0)") from error
     trunk = getattr(visual, "trunk", visual)
     kinds = _kinds(visual)
     known = [k for k in kinds if isinstance(trunk, k)]
