@@ -6,6 +6,7 @@ import csv
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,21 +80,23 @@ def figures(method: Method, runs: list[dict[str, float]]) -> Figures:
     return found
 
 
-def write_csv(rows: dict[str, Figures], file: Path) -> None:
+def write_csv(
+    rows: dict[str, Figures], file: Path, columns: Sequence[str] = tuple(COLUMNS)
+) -> None:
     """Write a row for each method, two columns for each figure."""
     with file.open("w", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["method", *(part for c in COLUMNS for part in (c, f"{c} sd"))])
+        writer.writerow(["method", *(part for c in columns for part in (c, f"{c} sd"))])
         for name, figures in rows.items():
-            cells = [figures.get(column, ("", "")) for column in COLUMNS]
+            cells = [figures.get(column, ("", "")) for column in columns]
             writer.writerow([name, *(value for cell in cells for value in cell)])
 
 
-def markdown(rows: dict[str, Figures]) -> str:
+def markdown(rows: dict[str, Figures], columns: Sequence[str] = tuple(COLUMNS)) -> str:
     """Return the figures as a table for a README."""
-    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, figures in rows.items():
-        cells = [_cell(*figures[c]) if c in figures else "" for c in COLUMNS]
+        cells = [_cell(*figures[c]) if c in figures else "" for c in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from alpha_clip import AlphaEntry
 from benchmarks.focus.methods import Method
-from benchmarks.focus.table import COLUMNS, Figures, figures, read
+from benchmarks.focus.table import COLUMNS, Figures, figures, markdown, read, write_csv
 from benchmarks.late_alpha.cost import cost_of_entry, cost_of_way
 from benchmarks.late_alpha.methods import AS_IT_IS, UNTRAINED_IN_ALPHA, Entry
 
@@ -77,8 +76,10 @@ def report(
             if "region top-1" in found:  # not every tower can be masked
                 cost = cost_of_way(base, method.way, regions) / paper
                 rows.append(Row(method.name, "peer", cost, found))
-    _write_csv(rows, output / "late_alpha.csv")
-    text = _markdown(rows)
+    columns = [_COST, *COLUMNS]
+    table = {row.name: {_COST: (row.cost, 0.0), **row.scores} for row in rows}
+    write_csv(table, output / "late_alpha.csv", columns)
+    text = markdown(table, columns)
     (output / "late_alpha.md").write_text(text)
     _draw(rows, output / "late_alpha.png", regions, len(seeds))
     sys.stdout.write(f"{text}{output / 'late_alpha.png'}\n")
@@ -92,27 +93,6 @@ def _kind(at: AlphaEntry) -> str:
     if at.is_first_layer:
         return "first"
     return "line" if at.repeat and at.summary else "part"
-
-
-def _write_csv(rows: Sequence[Row], file: Path) -> None:
-    with file.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["method", _COST, *(part for c in COLUMNS for part in (c, f"{c} sd"))])
-        for row in rows:
-            cells = [row.scores.get(column, ("", "")) for column in COLUMNS]
-            writer.writerow([row.name, row.cost, *(value for cell in cells for value in cell)])
-
-
-def _markdown(rows: Sequence[Row]) -> str:
-    lines = [f"| | {_COST} | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for row in rows:
-        cells = [_cell(*row.scores[c]) if c in row.scores else "" for c in COLUMNS]
-        lines.append(f"| {row.name} | {row.cost:.3f} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(mean: float, spread: float) -> str:
-    return f"{mean:.3f} ± {spread:.3f}" if spread else f"{mean:.3f}"
 
 
 def _draw(rows: Sequence[Row], file: Path, regions: int, seeds: int) -> None:
